@@ -1,0 +1,642 @@
+"""The two networks: a VQ-VAE for 64x64 slices and a PixelCNN prior over its codes.
+
+References, cited below as [n]:
+[1] van den Oord, Vinyals, Kavukcuoglu: Neural Discrete Representation Learning, arXiv 1711.00937
+[2] van den Oord, Kalchbrenner, Kavukcuoglu: Pixel Recurrent Neural Networks, arXiv 1601.06759
+[3] van den Oord et al.: Conditional Image Generation with PixelCNN Decoders, arXiv 1606.05328
+[4] Paul: Vector-Quantized Variational Autoencoders, keras.io/examples/generative/vq_vae
+[5] Ramachandran et al.: Fast Generation for Convolutional Autoregressive Models, arXiv 1704.06001
+
+Shapes: B images of H x W pixels, a latent grid of h x w positions, D numbers a latent vector,
+K codes. An image is float32 in [0, 1], (B, H, W, 1); its codes are int32 in [0, K), (B, h, w).
+
+    vqvae = keras.saving.load_model("runs/oasis/vqvae.keras")
+    pixelcnn = keras.saving.load_model("runs/oasis/pixelcnn.keras")
+    images = vqvae.decode(pixelcnn.sample(16, seed=0))
+"""
+
+import keras
+import tensorflow as tf
+import tensorflow_probability as tfp
+from keras import layers
+
+register = keras.saving.register_keras_serializable(package="oasis")
+
+
+# --------------------------------------------------------------------------------------
+# VQ-VAE
+# --------------------------------------------------------------------------------------
+
+
+@register
+class CodebookUsage(keras.metrics.Metric):
+    """Perplexity exp(H) of the code histogram, and the number of codes used, over a whole epoch.
+
+    The perplexity of a single batch depends on the batch size; this one counts until it is reset.
+    """
+
+    def __init__(self, num_embeddings, name="codebook_usage", **kwargs):
+        super().__init__(name=name, **kwargs)
+        self.num_embeddings = num_embeddings
+        self.counts = self.add_variable((num_embeddings,), "zeros", aggregation="sum", name="counts")
+
+    def update_state(self, codes, sample_weight=None):
+        counts = tf.math.bincount(tf.reshape(codes, (-1,)), minlength=self.num_embeddings, dtype=tf.float32)
+        self.counts.assign_add(counts)
+
+    def result(self):
+        counts = tf.convert_to_tensor(self.counts)
+        share = counts / tf.maximum(tf.reduce_sum(counts), 1)
+        return {
+            "perplexity": tf.exp(-tf.reduce_sum(tf.math.xlogy(share, share))),
+            "codes_used": tf.reduce_sum(tf.cast(counts > 0, tf.float32)),
+        }
+
+    def get_config(self):
+        return {**super().get_config(), "num_embeddings": self.num_embeddings}
+
+
+@register
+class VectorQuantizer(layers.Layer):
+    """Replaces each latent vector by the nearest vector of a learned codebook [1, section 3.1].
+
+    The gradient passes straight through; `losses` holds the commitment term, and the codebook
+    term where the codebook is trained by gradient. With `ema_decay` the codebook instead follows
+    the moving average of the latents that chose it [1, appendix A.1], and a code that is hardly
+    chosen restarts at a latent vector of the current batch: so the codebook starts from data, and
+    codes that die come back.
+
+    Args:
+        num_embeddings: K, the number of codes.
+        embedding_dim: D, the length of a latent vector.
+        commitment_cost: beta of [1, equation 3].
+        ema_decay: gamma of [1, appendix A.1]; None trains the codebook by gradient [1, equation 3].
+
+    Call arguments:
+        latents: float (..., D).
+        training: True moves the codebook, if it follows a moving average.
+
+    Returns: the nearest codebook vectors, float32 (..., D).
+    """
+
+    # A code is dead while it is chosen less than this often, 1 being the even share of B*h*w / K.
+    DEAD_BELOW = 0.02
+    REBORN_WITH = 0.2
+
+    def __init__(self, num_embeddings, embedding_dim, commitment_cost=1.0, ema_decay=0.99, **kwargs):
+        # Distances and averages stay in float32 under a mixed precision policy.
+        super().__init__(**{**kwargs, "dtype": "float32"})
+        self.num_embeddings = num_embeddings
+        self.embedding_dim = embedding_dim
+        self.commitment_cost = commitment_cost
+        self.ema_decay = ema_decay
+        self.usage = CodebookUsage(num_embeddings)
+
+    def build(self, latents_shape):
+        if latents_shape[-1] != self.embedding_dim:
+            raise ValueError(
+                f"embedding_dim is {self.embedding_dim}, but the latents have {latents_shape[-1]} channels"
+            )
+        shape = (self.num_embeddings, self.embedding_dim)
+        # add_weight, not tf.Variable: Keras 3 neither trains nor saves a bare variable.
+        self.codebook = self.add_weight(
+            name="codebook",
+            shape=shape,
+            initializer=keras.initializers.RandomUniform(-0.05, 0.05),
+            trainable=self.ema_decay is None,
+            aggregation="mean" if self.ema_decay is None else "only_first_replica",
+        )
+        if self.ema_decay is not None:
+            state = {"trainable": False, "initializer": "zeros", "aggregation": "only_first_replica"}
+            self.ema_counts = self.add_weight(name="ema_counts", shape=shape[:1], **state)
+            self.ema_sums = self.add_weight(name="ema_sums", shape=shape, **state)
+            self.ema_steps = self.add_weight(name="ema_steps", shape=(), dtype="int32", **state)
+
+    def call(self, latents, training=False):
+        codes = self.nearest(latents)
+        quantized = self.lookup(codes)
+
+        # The losses are taken before the straight-through line: after it no gradient is left for them.
+        codebook_loss = tf.reduce_mean(tf.square(tf.stop_gradient(latents) - quantized))
+        commitment_loss = tf.reduce_mean(tf.square(latents - tf.stop_gradient(quantized)))
+        self.add_loss(self.commitment_cost * commitment_loss)
+        if self.ema_decay is None:
+            self.add_loss(codebook_loss)
+        elif training:
+            self.move_codebook(latents, codes)
+        self.usage.update_state(codes)
+
+        return latents + tf.stop_gradient(quantized - latents)
+
+    def nearest(self, latents):
+        """Index of the nearest codebook vector by L2: (..., D) -> int32 (...)."""
+        flat = tf.reshape(tf.cast(latents, tf.float32), (-1, self.embedding_dim))
+        codebook = tf.convert_to_tensor(self.codebook)
+        # |z - e|^2 without |z|^2, which is the same for every code: (N, K).
+        distances = tf.reduce_sum(tf.square(codebook), axis=1) - 2 * tf.matmul(flat, codebook, transpose_b=True)
+        return tf.reshape(tf.argmin(distances, axis=1, output_type=tf.int32), tf.shape(latents)[:-1])
+
+    def lookup(self, codes):
+        """Codebook vectors: int32 (...) -> float32 (..., D)."""
+        return tf.gather(tf.convert_to_tensor(self.codebook), codes)
+
+    def move_codebook(self, latents, codes):
+        """One step of the moving averages [1, equations 6 to 8], then new life for dead codes."""
+        latents = tf.reshape(tf.stop_gradient(latents), (-1, self.embedding_dim))
+        codes = tf.reshape(codes, (-1,))
+        # Every replica of a MirroredStrategy sees the whole batch, so that all move alike.
+        replica = tf.distribute.get_replica_context()
+        latents, codes = replica.all_gather(latents, axis=0), replica.all_gather(codes, axis=0)
+
+        def average(old, new):
+            return self.ema_decay * old + (1 - self.ema_decay) * new
+
+        chosen = tf.math.unsorted_segment_sum(tf.ones_like(latents[:, 0]), codes, self.num_embeddings)
+        counts = average(self.ema_counts, chosen)
+        sums = average(self.ema_sums, tf.math.unsorted_segment_sum(latents, codes, self.num_embeddings))
+
+        even_share = tf.cast(tf.size(codes), tf.float32) / self.num_embeddings
+        dead = counts < self.DEAD_BELOW * even_share
+        # Stateless, so that a resumed training draws what the uninterrupted one would have drawn.
+        seed = tf.stack([0, tf.convert_to_tensor(self.ema_steps)])
+        picks = tf.random.stateless_uniform((self.num_embeddings,), seed, maxval=tf.size(codes), dtype=tf.int32)
+        counts = tf.where(dead, self.REBORN_WITH * even_share, counts)
+        sums = tf.where(dead[:, None], counts[:, None] * tf.gather(latents, picks), sums)
+
+        self.ema_counts.assign(counts)
+        self.ema_sums.assign(sums)
+        self.codebook.assign(sums / counts[:, None])
+        self.ema_steps.assign(self.ema_steps + 1)
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "num_embeddings": self.num_embeddings,
+            "embedding_dim": self.embedding_dim,
+            "commitment_cost": self.commitment_cost,
+            "ema_decay": self.ema_decay,
+        }
+
+
+def residual(x, filters):
+    """x + Conv1x1(ReLU(Conv3x3(ReLU(x)))) [1, section 4.1]."""
+    h = layers.Conv2D(filters, 3, padding="same", activation="relu")(layers.ReLU()(x))
+    return layers.Add()([x, layers.Conv2D(filters, 1)(h)])
+
+
+def build_encoder(image_size, embedding_dim, filters, kernel_size, residual_blocks):
+    """Images (B, H, W, 1) -> latents (B, h, w, D); every entry of `filters` halves the grid."""
+    x = images = keras.Input((image_size, image_size, 1))
+    for width in filters:
+        x = layers.Conv2D(width, kernel_size, strides=2, padding="same", activation="relu")(x)
+    for _ in range(residual_blocks):
+        x = residual(x, filters[-1])
+    return keras.Model(images, layers.Conv2D(embedding_dim, 1)(x), name="encoder")
+
+
+def build_decoder(image_size, embedding_dim, filters, kernel_size, residual_blocks):
+    """Latents (B, h, w, D) -> images (B, H, W, 1): the encoder in reverse, with a linear last layer."""
+    grid = image_size // 2 ** len(filters)
+    x = latents = keras.Input((grid, grid, embedding_dim))
+    widths = list(reversed(filters))
+    if residual_blocks:
+        width = widths.pop(0)
+        x = layers.Conv2D(width, 3, padding="same")(x)
+        for _ in range(residual_blocks):
+            x = residual(x, width)
+        x = layers.ReLU()(x)
+    for width in widths:
+        x = layers.Conv2DTranspose(width, kernel_size, strides=2, padding="same", activation="relu")(x)
+    stride = image_size // x.shape[1]  # what is left to reach H x W: 1 without residual blocks, else 2
+    return keras.Model(
+        latents, layers.Conv2DTranspose(1, kernel_size, strides=stride, padding="same")(x), name="decoder"
+    )
+
+
+@register
+class VQVAE(keras.Model):
+    """Encoder, vector quantizer, decoder [1], fitted on images alone: `fit(images)`.
+
+    loss = MSE / data_variance + ssim_weight * (1 - SSIM) + the losses of the quantizer.
+
+    The encoder and decoder are those of [1, section 4.1] (strided convolutions, then residual
+    blocks); without residual blocks they are the plain stack of [4].
+
+    Args:
+        num_embeddings, embedding_dim, commitment_cost, ema_decay: see `VectorQuantizer`.
+        image_size: H = W, in pixels.
+        filters: width of each stride-2 convolution of the encoder, outermost first. The latent
+            grid has H / 2**len(filters) rows and columns.
+        kernel_size: of the strided convolutions.
+        residual_blocks: in the encoder, and again in the decoder.
+        ssim_weight: of the term 1 - SSIM (Wang et al. 2004, 11x11 Gaussian window); 0 leaves it out.
+        data_variance: variance of the training pixels, the unit of the squared error, as in [4].
+    """
+
+    def __init__(
+        self,
+        num_embeddings,
+        embedding_dim,
+        commitment_cost=1.0,
+        ema_decay=0.99,
+        image_size=64,
+        filters=(32, 64),
+        kernel_size=4,
+        residual_blocks=2,
+        ssim_weight=1.0,
+        data_variance=1.0,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        if image_size % 2 ** len(filters):
+            raise ValueError(f"image_size {image_size} cannot be halved {len(filters)} times, once for each of filters")
+        self.config = {
+            "num_embeddings": num_embeddings,
+            "embedding_dim": embedding_dim,
+            "commitment_cost": commitment_cost,
+            "ema_decay": ema_decay,
+            "image_size": image_size,
+            "filters": list(filters),
+            "kernel_size": kernel_size,
+            "residual_blocks": residual_blocks,
+            "ssim_weight": ssim_weight,
+            "data_variance": float(data_variance),
+        }
+        self.ssim_weight = ssim_weight
+        self.data_variance = data_variance
+        self.encoder = build_encoder(image_size, embedding_dim, filters, kernel_size, residual_blocks)
+        self.quantizer = VectorQuantizer(num_embeddings, embedding_dim, commitment_cost, ema_decay)
+        self.decoder = build_decoder(image_size, embedding_dim, filters, kernel_size, residual_blocks)
+        names = ["reconstruction_loss", "quantizer_loss"] + ["ssim_loss"] * bool(ssim_weight)
+        self.loss_trackers = {name: keras.metrics.Mean(name=name) for name in names}
+
+    def call(self, images, training=False):
+        latents = self.encoder(images)
+        return self.decoder(self.quantizer(latents, training=training))
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        """The loss of `fit` and `evaluate`; the images are their own target."""
+        terms = {
+            "reconstruction_loss": tf.reduce_mean(tf.square(x - y_pred)) / self.data_variance,
+            "quantizer_loss": tf.add_n(self.losses),
+        }
+        if self.ssim_weight:
+            terms["ssim_loss"] = self.ssim_weight * (1 - tf.reduce_mean(tf.image.ssim(x, y_pred, max_val=1.0)))
+        for name, value in terms.items():
+            self.loss_trackers[name].update_state(value)
+        # The gradients of the replicas of a MirroredStrategy are summed.
+        return tf.add_n(list(terms.values())) / tf.distribute.get_strategy().num_replicas_in_sync
+
+    @tf.function(reduce_retracing=True)
+    def encode(self, images):
+        """Codes of images: float32 (B, H, W, 1) in [0, 1] -> int32 (B, h, w) in [0, K)."""
+        return self.quantizer.nearest(self.encoder(images))
+
+    @tf.function(reduce_retracing=True)
+    def decode(self, codes):
+        """Images of codes: int32 (B, h, w) in [0, K) -> float32 (B, H, W, 1), clipped to [0, 1]."""
+        return tf.clip_by_value(self.decoder(self.quantizer.lookup(codes)), 0.0, 1.0)
+
+    def get_config(self):
+        return {**super().get_config(), **self.config}
+
+
+# --------------------------------------------------------------------------------------
+# PixelCNN
+# --------------------------------------------------------------------------------------
+
+
+def visible_taps(kernel_size, mask_type):
+    """Number of kernel entries that a mask leaves: the rows above, the entries to the left, B's own."""
+    return kernel_size * (kernel_size // 2) + kernel_size // 2 + (mask_type == "B")
+
+
+@register
+class MaskedConv2D(layers.Layer):
+    """Convolution that sees only earlier positions in raster order [2, section 3.4].
+
+    A 3x3 mask of each type; A hides the position itself, B shows it:
+
+        A: 1 1 1    B: 1 1 1
+           1 0 0       1 1 0
+           0 0 0       0 0 0
+
+    Only the visible entries of the kernel exist as weights, and the rows below are never multiplied.
+    (Assigning a masked kernel inside `call`, as in [4]'s sister example, trains and saves the
+    hidden entries.)
+
+    Args:
+        filters: number of output channels.
+        kernel_size: odd.
+        mask_type: "A" or "B".
+
+    Shapes: (B, h, w, C) -> (B, h, w, filters).
+    """
+
+    def __init__(self, filters, kernel_size, mask_type, **kwargs):
+        super().__init__(**kwargs)
+        if kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd, got {kernel_size}")
+        if mask_type not in ("A", "B"):
+            raise ValueError(f"mask_type must be 'A' or 'B', got {mask_type!r}")
+        self.filters = filters
+        self.kernel_size = kernel_size
+        self.mask_type = mask_type
+        self.radius = kernel_size // 2
+
+    def build(self, input_shape):
+        taps = visible_taps(self.kernel_size, self.mask_type)
+        # Keras reads the fans off this shape as those of a kernel with `taps` entries.
+        self.kernel = self.add_weight(
+            name="kernel", shape=(taps, input_shape[-1], self.filters), initializer="glorot_uniform"
+        )
+        self.bias = self.add_weight(name="bias", shape=(self.filters,), initializer="zeros")
+
+    def call(self, inputs):
+        r, k = self.radius, self.kernel_size
+        taps, channels, filters = self.kernel.shape
+        hidden = tf.zeros(((r + 1) * k - taps, channels, filters), self.compute_dtype)
+        kernel = tf.reshape(tf.concat([self.kernel, hidden], axis=0), (r + 1, k, channels, filters))
+        # Padded by hand: a fifth faster on a CPU than the `padding` argument of conv2d.
+        padded = tf.pad(inputs, [[0, 0], [r, 0], [r, r], [0, 0]])
+        return tf.nn.conv2d(padded, kernel, strides=1, padding="VALID") + self.bias
+
+    def above(self, rows):
+        """What the `radius` rows above give to one row: (B, radius, w, C) -> (B, w, filters)."""
+        r, k = self.radius, self.kernel_size
+        kernel = tf.reshape(self.kernel[: r * k], (r, k, -1, self.filters))
+        return tf.nn.conv2d(tf.pad(rows, [[0, 0], [0, 0], [r, r], [0, 0]]), kernel, strides=1, padding="VALID")[:, 0]
+
+    def beside(self, left, current):
+        """What one row gives to one of its positions, for a 3x3 of type B: 2 x (B, C) -> (B, filters)."""
+        return tf.matmul(left, self.kernel[-2]) + tf.matmul(current, self.kernel[-1]) + self.bias
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "filters": self.filters,
+            "kernel_size": self.kernel_size,
+            "mask_type": self.mask_type,
+        }
+
+
+@register
+class MaskedCodeConv2D(layers.Layer):
+    """`MaskedConv2D` of type A on one-hot codes, as the lookup and sum that it is.
+
+    The one-hot product multiplies K - 1 zeros for every code; here each visible code picks its
+    row of the kernel. Same function, same gradient.
+
+    Shapes: int32 (B, h, w) in [0, K) -> (B, h, w, filters). -1 stands for "no code", a zero vector.
+    """
+
+    def __init__(self, num_embeddings, filters, kernel_size, **kwargs):
+        super().__init__(**kwargs)
+        self.num_embeddings = num_embeddings
+        self.filters = filters
+        self.kernel_size = kernel_size
+        self.radius = kernel_size // 2
+        self.taps = visible_taps(kernel_size, "A")
+
+    def build(self, codes_shape):
+        self.kernel = self.add_weight(
+            name="kernel", shape=(self.taps, self.num_embeddings, self.filters), initializer="glorot_uniform"
+        )
+        self.bias = self.add_weight(name="bias", shape=(self.filters,), initializer="zeros")
+
+    def lookup(self, codes, first_tap=0):
+        """Sum of the kernel rows that `codes` pick: int32 (..., taps) -> (..., filters)."""
+        rows = tf.reshape(tf.convert_to_tensor(self.kernel), (-1, self.filters))
+        rows = tf.concat([rows, tf.zeros_like(rows[:1])], axis=0)
+        tap = first_tap + tf.range(tf.shape(codes)[-1])
+        index = tf.where(codes < 0, self.taps * self.num_embeddings, tap * self.num_embeddings + codes)
+        return tf.reduce_sum(tf.gather(rows, index), axis=-2)
+
+    def call(self, codes):
+        r, k = self.radius, self.kernel_size
+        height, width = tf.shape(codes)[1], tf.shape(codes)[2]
+        padded = tf.pad(codes, [[0, 0], [r, 0], [r, r]], constant_values=-1)
+        offsets = [divmod(tap, k) for tap in range(self.taps)]
+        seen = [padded[:, down : down + height, right : right + width] for down, right in offsets]
+        return self.lookup(tf.stack(seen, axis=-1)) + self.bias
+
+    def above(self, rows):
+        """What the `radius` rows of codes above give to one row: (B, radius, w) -> (B, w, filters)."""
+        r, k = self.radius, self.kernel_size
+        width = tf.shape(rows)[2]
+        padded = tf.pad(rows, [[0, 0], [0, 0], [r, r]], constant_values=-1)
+        seen = [padded[:, down, right : right + width] for down in range(r) for right in range(k)]
+        return self.lookup(tf.stack(seen, axis=-1))
+
+    def beside(self, left):
+        """What the `radius` codes to the left give to one position: (B, radius) -> (B, filters)."""
+        return self.lookup(left, first_tap=self.taps - self.radius) + self.bias
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "num_embeddings": self.num_embeddings,
+            "filters": self.filters,
+            "kernel_size": self.kernel_size,
+        }
+
+
+@register
+class ResidualBlock(layers.Layer):
+    """x + Conv1x1(ReLU(MaskedConv3x3(ReLU(Conv1x1(ReLU(x)))))) [2, figure 5].
+
+    Args:
+        filters: channels of x; the masked convolution has half of them.
+        dropout: rate of the dropout on the block's output, before the sum.
+
+    Shapes: (B, h, w, filters) -> the same.
+    """
+
+    def __init__(self, filters, dropout=0.0, **kwargs):
+        super().__init__(**kwargs)
+        self.filters = filters
+        self.dropout = dropout
+        self.narrow = layers.Dense(filters // 2)  # on (B, h, w, C), Dense is the 1x1 convolution
+        self.masked = MaskedConv2D(filters // 2, 3, "B")
+        self.widen = layers.Dense(filters)
+        self.drop = layers.Dropout(dropout)
+
+    def build(self, input_shape):
+        half = (*input_shape[:-1], self.filters // 2)
+        self.narrow.build(input_shape)
+        self.masked.build(half)
+        self.widen.build(half)
+
+    def call(self, x, training=False):
+        hidden = self.masked(tf.nn.relu(self.narrow(tf.nn.relu(x))))
+        return x + self.drop(self.widen(tf.nn.relu(hidden)), training=training)
+
+    def step(self, x, above, left):
+        """`call` at one position, from cached activations [5].
+
+        Args: x (B, filters); `masked.above` of the row above, at this column (B, filters / 2); the
+            input of `masked` at the left neighbour (B, filters / 2).
+        Returns: the output (B, filters), and the input of `masked` here (B, filters / 2).
+        """
+        current = tf.nn.relu(self.narrow(tf.nn.relu(x)))
+        hidden = above + self.masked.beside(left, current)
+        return x + self.widen(tf.nn.relu(hidden)), current
+
+    def get_config(self):
+        return {**super().get_config(), "filters": self.filters, "dropout": self.dropout}
+
+
+@register
+class PixelCNN(keras.Model):
+    """Autoregressive prior over a grid of codes: p(codes) = prod p(code | earlier codes) [2, equation 1].
+
+    A masked 7x7 convolution of type A, a learned vector for each grid position (the slices are
+    registered, so a position has a meaning), residual blocks, two ReLU-1x1 layers, and K logits.
+
+    Args:
+        num_embeddings: K.
+        grid: (h, w).
+        filters: channels between the residual blocks.
+        residual_blocks: 15 in [2, table 1].
+        dropout: rate in every residual block.
+        learned_position: adds the position vectors.
+
+    Call arguments: codes, int32 (B, h, w) in [0, K).
+    Returns: logits, float32 (B, h, w, K); those at a position depend on earlier codes alone.
+    """
+
+    def __init__(
+        self, num_embeddings, grid, filters=128, residual_blocks=15, dropout=0.0, learned_position=True, **kwargs
+    ):
+        super().__init__(**kwargs)
+        self.num_embeddings = num_embeddings
+        self.grid = tuple(grid)
+        self.filters = filters
+        self.dropout = dropout
+        self.learned_position = learned_position
+        self.first = MaskedCodeConv2D(num_embeddings, filters, 7)
+        self.blocks = [ResidualBlock(filters, dropout) for _ in range(residual_blocks)]
+        self.head = [
+            layers.Dense(filters, activation="relu"),
+            layers.Dense(filters, activation="relu"),
+            layers.Dense(num_embeddings, dtype="float32"),
+        ]
+        self.build((None, *self.grid))
+
+    def build(self, codes_shape):
+        if self.built:
+            return
+        features = (None, *self.grid, self.filters)
+        self.first.build(codes_shape)
+        if self.learned_position:
+            self.position = self.add_weight(name="position", shape=features[1:], initializer="zeros")
+        for block in self.blocks:
+            block.build(features)
+        for layer in self.head:
+            layer.build(features)
+        self.built = True
+
+    def call(self, codes, training=False):
+        x = self.first(codes)
+        if self.learned_position:
+            x = x + self.position
+        for block in self.blocks:
+            x = block(x, training=training)
+        return self.logits(x)
+
+    def logits(self, x):
+        """Features (..., filters) -> logits (..., K)."""
+        x = tf.nn.relu(x)
+        for layer in self.head:
+            x = layer(x)
+        return x
+
+    def sample(self, num_samples, seed, temperature=1.0, known=None):
+        """Draw codes position by position, in raster order, from cached activations [5].
+
+        Args:
+            num_samples: N.
+            seed: int; picture n is the same whatever N is.
+            temperature: divides the logits: 1 samples the model, less is more typical.
+            known: int32 (N, h, w) of codes to keep, -1 where one is to be drawn; None draws all.
+
+        Returns: int32 (N, h, w) in [0, K).
+        """
+        if num_samples < 1:
+            raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+        if temperature <= 0:
+            raise ValueError(f"temperature must be above 0, got {temperature}")
+        if known is None:
+            known = tf.fill((num_samples, *self.grid), -1)
+        if tuple(known.shape) != (num_samples, *self.grid):
+            raise ValueError(f"known must have shape {(num_samples, *self.grid)}, got {tuple(known.shape)}")
+        # Tensors, not Python numbers: those would trace the graph again for every seed.
+        seed, temperature = tf.constant(seed, tf.int32), tf.constant(temperature, tf.float32)
+        return self.draw(tf.cast(known, tf.int32), seed, temperature)[0]
+
+    @tf.function(reduce_retracing=True)
+    def draw(self, known, seed, temperature):
+        """`sample` as one graph: codes (N, h, w), and the logits they were drawn from (N, h, w, K)."""
+        pictures = tf.shape(known)[0]
+        height, width = self.grid
+        nothing = tf.zeros((len(self.blocks), pictures, self.filters // 2))
+
+        # The cache: the rows of codes and the row of activations that the next row looks at.
+        codes_above = tf.fill((pictures, self.first.radius, width), -1)
+        hidden_above = tf.zeros((len(self.blocks), pictures, width, self.filters // 2))
+        all_codes = tf.TensorArray(tf.int32, height)
+        all_logits = tf.TensorArray(tf.float32, height)
+
+        for row in tf.range(height):
+            # All that the rows above contribute, at once for the whole row, columns first.
+            first_above = tf.transpose(self.first.above(codes_above), (1, 0, 2))
+            blocks_above = [block.masked.above(hidden_above[i][:, None]) for i, block in enumerate(self.blocks)]
+            blocks_above = tf.transpose(tf.stack(blocks_above), (2, 0, 1, 3))  # (w, blocks, N, filters / 2)
+
+            left_codes = tf.fill((pictures, self.first.radius), -1)
+            left_hidden = nothing
+            row_codes = tf.TensorArray(tf.int32, width)
+            row_logits = tf.TensorArray(tf.float32, width)
+            row_hidden = tf.TensorArray(tf.float32, width)
+            for column in tf.range(width):
+                x = first_above[column] + self.first.beside(left_codes)
+                if self.learned_position:
+                    x += self.position[row, column]
+                hidden = []
+                for i, block in enumerate(self.blocks):
+                    x, current = block.step(x, blocks_above[column, i], left_hidden[i])
+                    hidden.append(current)
+                logits = self.logits(x)
+
+                # Adding Gumbel noise and taking the largest draws from the categorical distribution.
+                # Unlike the noise of Categorical.sample, that of a picture does not depend on N.
+                position_seed = tf.stack([seed, row * width + column])
+                noise = tfp.distributions.Gumbel(0.0, 1.0).sample(tf.shape(logits), seed=position_seed)
+                drawn = tf.argmax(logits / temperature + noise, axis=-1, output_type=tf.int32)
+                given = known[:, row, column]
+                codes = tf.where(given < 0, drawn, given)
+
+                left_codes = tf.concat([left_codes[:, 1:], codes[:, None]], axis=1)
+                left_hidden = tf.stack(hidden)
+                row_codes = row_codes.write(column, codes)
+                row_logits = row_logits.write(column, logits)
+                row_hidden = row_hidden.write(column, left_hidden)
+
+            codes = tf.transpose(row_codes.stack())
+            codes_above = tf.concat([codes_above[:, 1:], codes[:, None]], axis=1)
+            hidden_above = tf.transpose(row_hidden.stack(), (1, 2, 0, 3))
+            all_codes = all_codes.write(row, codes)
+            all_logits = all_logits.write(row, tf.transpose(row_logits.stack(), (1, 0, 2)))
+
+        return tf.transpose(all_codes.stack(), (1, 0, 2)), tf.transpose(all_logits.stack(), (1, 0, 2, 3))
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "num_embeddings": self.num_embeddings,
+            "grid": list(self.grid),
+            "filters": self.filters,
+            "residual_blocks": len(self.blocks),
+            "dropout": self.dropout,
+            "learned_position": self.learned_position,
+        }
