@@ -16,6 +16,7 @@ K codes. An image is float32 in [0, 1], (B, H, W, 1); its codes are int32 in [0,
 """
 
 import keras
+import numpy as np
 import tensorflow as tf
 import tensorflow_probability as tfp
 from keras import layers
@@ -64,7 +65,7 @@ class VectorQuantizer(layers.Layer):
     term where the codebook is trained by gradient. With `ema_decay` the codebook instead follows
     the moving average of the latents that chose it [1, appendix A.1], and a code that is hardly
     chosen restarts at a latent vector of the current batch: so the codebook starts from data, and
-    codes that die come back.
+    codes that die come back. Call `move_codebook` after each training step for that.
 
     Args:
         num_embeddings: K, the number of codes.
@@ -72,11 +73,7 @@ class VectorQuantizer(layers.Layer):
         commitment_cost: beta of [1, equation 3].
         ema_decay: gamma of [1, appendix A.1]; None trains the codebook by gradient [1, equation 3].
 
-    Call arguments:
-        latents: float (..., D).
-        training: True moves the codebook, if it follows a moving average.
-
-    Returns: the nearest codebook vectors, float32 (..., D).
+    Shapes: latents (..., D) -> the nearest codebook vectors, float32 (..., D).
     """
 
     # A code is dead while it is chosen less than this often, 1 being the even share of B*h*w / K.
@@ -112,9 +109,10 @@ class VectorQuantizer(layers.Layer):
             self.ema_sums = self.add_weight(name="ema_sums", shape=shape, **state)
             self.ema_steps = self.add_weight(name="ema_steps", shape=(), dtype="int32", **state)
 
-    def call(self, latents, training=False):
+    def call(self, latents):
         codes = self.nearest(latents)
         quantized = self.lookup(codes)
+        self.usage.update_state(codes)
 
         # The losses are taken before the straight-through line: after it no gradient is left for them.
         codebook_loss = tf.reduce_mean(tf.square(tf.stop_gradient(latents) - quantized))
@@ -122,9 +120,6 @@ class VectorQuantizer(layers.Layer):
         self.add_loss(self.commitment_cost * commitment_loss)
         if self.ema_decay is None:
             self.add_loss(codebook_loss)
-        elif training:
-            self.move_codebook(latents, codes)
-        self.usage.update_state(codes)
 
         return latents + tf.stop_gradient(quantized - latents)
 
@@ -140,13 +135,12 @@ class VectorQuantizer(layers.Layer):
         """Codebook vectors: int32 (...) -> float32 (..., D)."""
         return tf.gather(tf.convert_to_tensor(self.codebook), codes)
 
-    def move_codebook(self, latents, codes):
+    def move_codebook(self, latents):
         """One step of the moving averages [1, equations 6 to 8], then new life for dead codes."""
-        latents = tf.reshape(tf.stop_gradient(latents), (-1, self.embedding_dim))
-        codes = tf.reshape(codes, (-1,))
+        latents = tf.reshape(latents, (-1, self.embedding_dim))
         # Every replica of a MirroredStrategy sees the whole batch, so that all move alike.
-        replica = tf.distribute.get_replica_context()
-        latents, codes = replica.all_gather(latents, axis=0), replica.all_gather(codes, axis=0)
+        latents = tf.distribute.get_replica_context().all_gather(latents, axis=0)
+        codes = self.nearest(latents)
 
         def average(old, new):
             return self.ema_decay * old + (1 - self.ema_decay) * new
@@ -267,25 +261,51 @@ class VQVAE(keras.Model):
         self.encoder = build_encoder(image_size, embedding_dim, filters, kernel_size, residual_blocks)
         self.quantizer = VectorQuantizer(num_embeddings, embedding_dim, commitment_cost, ema_decay)
         self.decoder = build_decoder(image_size, embedding_dim, filters, kernel_size, residual_blocks)
-        names = ["reconstruction_loss", "quantizer_loss"] + ["ssim_loss"] * bool(ssim_weight)
+        names = ["loss", "reconstruction_loss", "quantizer_loss"] + ["ssim_loss"] * bool(ssim_weight)
         self.loss_trackers = {name: keras.metrics.Mean(name=name) for name in names}
+        self.build(self.encoder.input_shape)
 
-    def call(self, images, training=False):
+    def build(self, images_shape):
+        if not self.quantizer.built:
+            self.quantizer.build(self.decoder.input_shape)
+        self.built = True
+
+    def call(self, images):
+        return self.decoder(self.quantizer(self.encoder(images)))
+
+    def losses_of(self, images):
+        """The loss, its terms noted for the logs, and the latents (B, h, w, D)."""
         latents = self.encoder(images)
-        return self.decoder(self.quantizer(latents, training=training))
-
-    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
-        """The loss of `fit` and `evaluate`; the images are their own target."""
-        terms = {
-            "reconstruction_loss": tf.reduce_mean(tf.square(x - y_pred)) / self.data_variance,
-            "quantizer_loss": tf.add_n(self.losses),
-        }
+        quantized = self.quantizer(latents)
+        terms = {"quantizer_loss": tf.add_n(self.quantizer.losses)}
+        reconstructed = self.decoder(quantized)
+        terms["reconstruction_loss"] = tf.reduce_mean(tf.square(images - reconstructed)) / self.data_variance
         if self.ssim_weight:
-            terms["ssim_loss"] = self.ssim_weight * (1 - tf.reduce_mean(tf.image.ssim(x, y_pred, max_val=1.0)))
+            similarity = tf.reduce_mean(tf.image.ssim(images, reconstructed, max_val=1.0))
+            terms["ssim_loss"] = self.ssim_weight * (1 - similarity)
+        terms["loss"] = tf.add_n(list(terms.values()))
         for name, value in terms.items():
             self.loss_trackers[name].update_state(value)
-        # The gradients of the replicas of a MirroredStrategy are summed.
-        return tf.add_n(list(terms.values())) / tf.distribute.get_strategy().num_replicas_in_sync
+        return terms["loss"], latents
+
+    def train_step(self, data):
+        images = keras.utils.unpack_x_y_sample_weight(data)[0]
+        with tf.GradientTape() as tape:
+            loss, latents = self.losses_of(images)
+            # The gradients of the replicas of a MirroredStrategy are summed.
+            loss /= tf.distribute.get_strategy().num_replicas_in_sync
+        self.optimizer.apply(tape.gradient(loss, self.trainable_weights), self.trainable_weights)
+        if self.quantizer.ema_decay is not None:
+            self.quantizer.move_codebook(latents)
+        return self.get_metrics_result()
+
+    def test_step(self, data):
+        self.losses_of(keras.utils.unpack_x_y_sample_weight(data)[0])
+        return self.get_metrics_result()
+
+    @property
+    def metrics(self):
+        return [*self.loss_trackers.values(), self.quantizer.usage]
 
     @tf.function(reduce_retracing=True)
     def encode(self, images):
@@ -487,6 +507,57 @@ class ResidualBlock(layers.Layer):
 
 
 @register
+class RowContext(layers.Layer):
+    """Adds to each row a summary of all rows above it: x + Dense(ReLU(weighted sum of Dense(x))).
+
+    A masked 3x3 convolution carries one row further; what holds for the whole picture, such as its
+    brightness, arrives after many blocks and fades. Here every channel of the summary is its own
+    learned weighting of all earlier rows, which starts as their mean.
+
+    Args:
+        filters: channels of the summary.
+
+    Shapes: (B, h, w, C) -> the same; a row depends on itself and on the rows above.
+    """
+
+    def __init__(self, filters, **kwargs):
+        super().__init__(**kwargs)
+        self.filters = filters
+        self.narrow = layers.Dense(filters, activation="relu")
+
+    def build(self, input_shape):
+        height, width, channels = input_shape[1:]
+        earlier = np.repeat(np.tri(height, k=-1, dtype="float32"), width, axis=1)  # (h, h w): is it in a row above?
+        mean = earlier / np.maximum(earlier.sum(axis=1, keepdims=True), 1)
+        self.earlier = earlier
+        self.weighting = self.add_weight(
+            name="weighting",
+            shape=(self.filters, *earlier.shape),
+            initializer=lambda shape, dtype: tf.broadcast_to(tf.cast(mean, dtype), shape),
+        )
+        self.narrow.build(input_shape)
+        self.widen = layers.Dense(channels)
+        self.widen.build((None, self.filters))
+
+    def call(self, x):
+        features = tf.reshape(self.narrow(x), (-1, self.earlier.shape[1], self.filters))
+        sums = tf.einsum("frp,bpf->brf", self.weighting * self.earlier, features)
+        return x + self.widen(tf.nn.relu(sums))[:, :, None]
+
+    def summary(self, features, row):
+        """What `call` adds to one row: features (h, w, B, filters), 0 where not yet known -> (B, C)."""
+        weighting = tf.gather(self.weighting * self.earlier, row, axis=1)
+        sums = tf.einsum("fp,pbf->bf", weighting, tf.reshape(features, (weighting.shape[1], -1, self.filters)))
+        return self.widen(tf.nn.relu(sums))
+
+    def get_config(self):
+        return {**super().get_config(), "filters": self.filters}
+
+
+CONTEXT_EVERY = 5  # residual blocks
+
+
+@register
 class PixelCNN(keras.Model):
     """Autoregressive prior over a grid of codes: p(codes) = prod p(code | earlier codes) [2, equation 1].
 
@@ -500,13 +571,22 @@ class PixelCNN(keras.Model):
         residual_blocks: 15 in [2, table 1].
         dropout: rate in every residual block.
         learned_position: adds the position vectors.
+        context_filters: channels of a `RowContext` before every fifth residual block; 0 for none.
 
     Call arguments: codes, int32 (B, h, w) in [0, K).
     Returns: logits, float32 (B, h, w, K); those at a position depend on earlier codes alone.
     """
 
     def __init__(
-        self, num_embeddings, grid, filters=128, residual_blocks=15, dropout=0.0, learned_position=True, **kwargs
+        self,
+        num_embeddings,
+        grid,
+        filters=128,
+        residual_blocks=15,
+        dropout=0.0,
+        learned_position=True,
+        context_filters=0,
+        **kwargs,
     ):
         super().__init__(**kwargs)
         self.num_embeddings = num_embeddings
@@ -516,6 +596,8 @@ class PixelCNN(keras.Model):
         self.learned_position = learned_position
         self.first = MaskedCodeConv2D(num_embeddings, filters, 7)
         self.blocks = [ResidualBlock(filters, dropout) for _ in range(residual_blocks)]
+        self.context_filters = context_filters
+        self.contexts = [RowContext(context_filters) for _ in self.blocks[::CONTEXT_EVERY] if context_filters]
         self.head = [
             layers.Dense(filters, activation="relu"),
             layers.Dense(filters, activation="relu"),
@@ -530,8 +612,8 @@ class PixelCNN(keras.Model):
         self.first.build(codes_shape)
         if self.learned_position:
             self.position = self.add_weight(name="position", shape=features[1:], initializer="zeros")
-        for block in self.blocks:
-            block.build(features)
+        for layer in self.blocks + self.contexts:
+            layer.build(features)
         for layer in self.head:
             layer.build(features)
         self.built = True
@@ -540,7 +622,9 @@ class PixelCNN(keras.Model):
         x = self.first(codes)
         if self.learned_position:
             x = x + self.position
-        for block in self.blocks:
+        for i, block in enumerate(self.blocks):
+            if self.contexts and i % CONTEXT_EVERY == 0:
+                x = self.contexts[i // CONTEXT_EVERY](x)
             x = block(x, training=training)
         return self.logits(x)
 
@@ -584,6 +668,7 @@ class PixelCNN(keras.Model):
         # The cache: the rows of codes and the row of activations that the next row looks at.
         codes_above = tf.fill((pictures, self.first.radius, width), -1)
         hidden_above = tf.zeros((len(self.blocks), pictures, width, self.filters // 2))
+        features_above = tf.zeros((len(self.contexts), height, width, pictures, self.context_filters))
         all_codes = tf.TensorArray(tf.int32, height)
         all_logits = tf.TensorArray(tf.float32, height)
 
@@ -592,18 +677,23 @@ class PixelCNN(keras.Model):
             first_above = tf.transpose(self.first.above(codes_above), (1, 0, 2))
             blocks_above = [block.masked.above(hidden_above[i][:, None]) for i, block in enumerate(self.blocks)]
             blocks_above = tf.transpose(tf.stack(blocks_above), (2, 0, 1, 3))  # (w, blocks, N, filters / 2)
+            summaries = [context.summary(features_above[i], row) for i, context in enumerate(self.contexts)]
 
             left_codes = tf.fill((pictures, self.first.radius), -1)
             left_hidden = nothing
             row_codes = tf.TensorArray(tf.int32, width)
             row_logits = tf.TensorArray(tf.float32, width)
             row_hidden = tf.TensorArray(tf.float32, width)
+            row_features = tf.TensorArray(tf.float32, width)
             for column in tf.range(width):
                 x = first_above[column] + self.first.beside(left_codes)
                 if self.learned_position:
                     x += self.position[row, column]
-                hidden = []
+                hidden, features = [], []
                 for i, block in enumerate(self.blocks):
+                    if self.contexts and i % CONTEXT_EVERY == 0:
+                        features.append(self.contexts[i // CONTEXT_EVERY].narrow(x))
+                        x += summaries[i // CONTEXT_EVERY]
                     x, current = block.step(x, blocks_above[column, i], left_hidden[i])
                     hidden.append(current)
                 logits = self.logits(x)
@@ -621,10 +711,16 @@ class PixelCNN(keras.Model):
                 row_codes = row_codes.write(column, codes)
                 row_logits = row_logits.write(column, logits)
                 row_hidden = row_hidden.write(column, left_hidden)
+                if self.contexts:
+                    row_features = row_features.write(column, tf.stack(features))
 
             codes = tf.transpose(row_codes.stack())
             codes_above = tf.concat([codes_above[:, 1:], codes[:, None]], axis=1)
             hidden_above = tf.transpose(row_hidden.stack(), (1, 2, 0, 3))
+            if self.contexts:
+                is_row = tf.reshape(tf.range(height) == row, (1, height, 1, 1, 1))
+                this_row = tf.transpose(row_features.stack(), (1, 0, 2, 3))[:, None]
+                features_above = tf.where(is_row, this_row, features_above)
             all_codes = all_codes.write(row, codes)
             all_logits = all_logits.write(row, tf.transpose(row_logits.stack(), (1, 0, 2)))
 
@@ -639,4 +735,5 @@ class PixelCNN(keras.Model):
             "residual_blocks": len(self.blocks),
             "dropout": self.dropout,
             "learned_position": self.learned_position,
+            "context_filters": self.context_filters,
         }

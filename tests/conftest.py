@@ -1,0 +1,46 @@
+"""What the tests share: phantom slices, and one tiny run that train.py and predict.py made of them."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import pytest
+
+import dataset
+
+# Small enough for seconds on a CPU, and every part of the default networks is in it.
+TINY = [
+    *("--num-embeddings", "16", "--filters", "4", "8", "--residual-blocks", "1", "--vqvae-epochs", "3"),
+    *("--pixelcnn-filters", "8", "--pixelcnn-blocks", "2", "--pixelcnn-epochs", "3"),
+    *("--vqvae-batch-size", "32", "--pixelcnn-batch-size", "32"),
+]
+
+
+@pytest.fixture(scope="session")
+def phantoms(tmp_path_factory):
+    """A folder of phantoms: 3 subjects to train on, 1 to validate, 1 to test."""
+    folder = tmp_path_factory.mktemp("phantoms") / "keras_png_slices_data"
+    dataset.write_phantom(folder, train=3, validate=1, test=1)
+    return folder
+
+
+def run_script(script, *arguments, **options):
+    """Run train.py or predict.py as a user does: the finished process, with its output as text."""
+    command = [sys.executable, str(ROOT / script), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, **options)
+
+
+@pytest.fixture(scope="session")
+def finished_run(phantoms, tmp_path_factory):
+    """The folder of a tiny run, trained and measured. Not to be changed by a test: copy it."""
+    run = tmp_path_factory.mktemp("runs") / "tiny"
+    trained = run_script("train.py", "--data", phantoms, "--run", run, *TINY)
+    assert trained.returncode == 0, trained.stderr
+    predicted = run_script("predict.py", "--run", run, "--complete")
+    assert predicted.returncode == 0, predicted.stderr
+    return run
