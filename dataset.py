@@ -23,6 +23,7 @@ import re
 import shutil
 import sys
 import warnings
+import zipfile
 
 import keras
 import numpy as np
@@ -49,6 +50,14 @@ def write_json(path, content):
     write_whole(path, lambda temporary: temporary.write_text(json.dumps(content, indent=2, default=float) + "\n"))
 
 
+def load_model(path, remedy, **options):
+    """The model in a .keras file; where the file is cut off or damaged, the user is told the remedy."""
+    try:
+        return keras.saving.load_model(path, **options)
+    except (ValueError, OSError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is broken ({type(error).__name__}): {remedy}") from None
+
+
 @dataclasses.dataclass
 class Split:
     """The slices of one split, ordered by case and slice number."""
@@ -72,11 +81,16 @@ def find_data(folder):
     """The folder that holds keras_png_slices_train: `folder` itself, or one inside it."""
     folder = pathlib.Path(folder)
     if not folder.is_dir():
-        raise UserError(f"--data {folder}: no such folder; name the unzipped keras_png_slices_data, or use --demo")
+        raise UserError(
+            f"--data {folder}: no such folder; name the unzipped keras_png_slices_data (or try python train.py --demo)"
+        )
     for candidate in [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]:
         if (candidate / "keras_png_slices_train").is_dir():
             return candidate
-    raise UserError(f"--data {folder}: no folder keras_png_slices_train in it, nor one level down")
+    raise UserError(
+        f"--data {folder}: no folder keras_png_slices_train in it, nor one level down; "
+        "name the unzipped keras_png_slices_data"
+    )
 
 
 def parse_name(name):
@@ -107,7 +121,7 @@ def decode(path):
 
 def is_broken(path):
     try:
-        decode(str(path))
+        decode(os.fsencode(path))
     except tf.errors.OpError:
         return True
     return False
@@ -116,7 +130,7 @@ def is_broken(path):
 def read_images(paths, label):
     """Decode files in parallel: list of paths -> uint8 (N, 64, 64). Every broken file is reported."""
     images = np.empty((len(paths), IMAGE_SIZE, IMAGE_SIZE), np.uint8)
-    decoded = tf.data.Dataset.from_tensor_slices([str(path) for path in paths])
+    decoded = tf.data.Dataset.from_tensor_slices([os.fsencode(path) for path in paths])
     decoded = decoded.map(decode, num_parallel_calls=tf.data.AUTOTUNE).batch(256).prefetch(2)
     print(f"{label}: reading {len(paths)} slices")
     progress = keras.utils.Progbar(len(paths), unit_name="slice")
@@ -212,7 +226,7 @@ def fingerprint(loaded):
         name: {
             "images": len(split.images),
             "subjects": len(set(split.subjects)) if split.subjects else None,
-            "sha256": hashlib.sha256("\n".join(split.names).encode() + split.images.tobytes()).hexdigest(),
+            "sha256": hashlib.sha256(os.fsencode("\n".join(split.names)) + split.images.tobytes()).hexdigest(),
         }
         for name, split in loaded.items()
     }
@@ -361,4 +375,5 @@ if __name__ == "__main__":
     try:
         load(sys.argv[1] if len(sys.argv) > 1 else "keras_png_slices_data")
     except UserError as error:
-        sys.exit(f"dataset.py: {error}")
+        print(f"dataset.py: {error}", file=sys.stderr)
+        sys.exit(2)

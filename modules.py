@@ -381,15 +381,10 @@ class MaskedConv2D(layers.Layer):
         padded = tf.pad(inputs, [[0, 0], [r, 0], [r, r], [0, 0]])
         return tf.nn.conv2d(padded, kernel, strides=1, padding="VALID") + self.bias
 
-    def above(self, rows):
-        """What the `radius` rows above give to one row: (B, radius, w, C) -> (B, w, filters)."""
-        r, k = self.radius, self.kernel_size
-        kernel = tf.reshape(self.kernel[: r * k], (r, k, -1, self.filters))
-        return tf.nn.conv2d(tf.pad(rows, [[0, 0], [0, 0], [r, r], [0, 0]]), kernel, strides=1, padding="VALID")[:, 0]
-
     def beside(self, left, current):
         """What one row gives to one of its positions, for a 3x3 of type B: 2 x (B, C) -> (B, filters)."""
-        return tf.matmul(left, self.kernel[-2]) + tf.matmul(current, self.kernel[-1]) + self.bias
+        kernel = tf.reshape(self.kernel[-2:], (-1, self.filters))
+        return tf.matmul(tf.concat([left, current], axis=1), kernel)
 
     def get_config(self):
         return {
@@ -424,13 +419,16 @@ class MaskedCodeConv2D(layers.Layer):
         )
         self.bias = self.add_weight(name="bias", shape=(self.filters,), initializer="zeros")
 
-    def lookup(self, codes, first_tap=0):
-        """Sum of the kernel rows that `codes` pick: int32 (..., taps) -> (..., filters)."""
+    def table(self):
+        """The kernel as rows (taps * K + 1, filters); the last, of zeros, is for "no code"."""
         rows = tf.reshape(tf.convert_to_tensor(self.kernel), (-1, self.filters))
-        rows = tf.concat([rows, tf.zeros_like(rows[:1])], axis=0)
+        return tf.pad(rows, [[0, 1], [0, 0]])
+
+    def lookup(self, table, codes, first_tap=0):
+        """Sum of the kernel rows that `codes` pick: int32 (..., taps) -> (..., filters)."""
         tap = first_tap + tf.range(tf.shape(codes)[-1])
         index = tf.where(codes < 0, self.taps * self.num_embeddings, tap * self.num_embeddings + codes)
-        return tf.reduce_sum(tf.gather(rows, index), axis=-2)
+        return tf.reduce_sum(tf.gather(table, index), axis=-2)
 
     def call(self, codes):
         r, k = self.radius, self.kernel_size
@@ -438,19 +436,19 @@ class MaskedCodeConv2D(layers.Layer):
         padded = tf.pad(codes, [[0, 0], [r, 0], [r, r]], constant_values=-1)
         offsets = [divmod(tap, k) for tap in range(self.taps)]
         seen = [padded[:, down : down + height, right : right + width] for down, right in offsets]
-        return self.lookup(tf.stack(seen, axis=-1)) + self.bias
+        return self.lookup(self.table(), tf.stack(seen, axis=-1)) + self.bias
 
-    def above(self, rows):
+    def above(self, table, rows):
         """What the `radius` rows of codes above give to one row: (B, radius, w) -> (B, w, filters)."""
         r, k = self.radius, self.kernel_size
         width = tf.shape(rows)[2]
         padded = tf.pad(rows, [[0, 0], [0, 0], [r, r]], constant_values=-1)
         seen = [padded[:, down, right : right + width] for down in range(r) for right in range(k)]
-        return self.lookup(tf.stack(seen, axis=-1))
+        return self.lookup(table, tf.stack(seen, axis=-1)) + self.bias
 
-    def beside(self, left):
+    def beside(self, table, left):
         """What the `radius` codes to the left give to one position: (B, radius) -> (B, filters)."""
-        return self.lookup(left, first_tap=self.taps - self.radius) + self.bias
+        return self.lookup(table, left, first_tap=self.taps - self.radius)
 
     def get_config(self):
         return {
@@ -494,8 +492,8 @@ class ResidualBlock(layers.Layer):
     def step(self, x, above, left):
         """`call` at one position, from cached activations [5].
 
-        Args: x (B, filters); `masked.above` of the row above, at this column (B, filters / 2); the
-            input of `masked` at the left neighbour (B, filters / 2).
+        Args: x (B, filters); what the row above gives to `masked` here (B, filters / 2); the input
+            of `masked` at the left neighbour (B, filters / 2).
         Returns: the output (B, filters), and the input of `masked` here (B, filters / 2).
         """
         current = tf.nn.relu(self.narrow(tf.nn.relu(x)))
@@ -542,12 +540,16 @@ class RowContext(layers.Layer):
     def call(self, x):
         features = tf.reshape(self.narrow(x), (-1, self.earlier.shape[1], self.filters))
         sums = tf.einsum("frp,bpf->brf", self.weighting * self.earlier, features)
-        return x + self.widen(tf.nn.relu(sums))[:, :, None]
+        return x + self.summary(sums)[:, :, None]
 
-    def summary(self, features, row):
-        """What `call` adds to one row: features (h, w, B, filters), 0 where not yet known -> (B, C)."""
-        weighting = tf.gather(self.weighting * self.earlier, row, axis=1)
-        sums = tf.einsum("fp,pbf->bf", weighting, tf.reshape(features, (weighting.shape[1], -1, self.filters)))
+    def share(self, features, row):
+        """What one row adds to the weighted sums of all rows: (w, B, filters) -> (h, B, filters)."""
+        width = tf.shape(features)[0]
+        weighting = (self.weighting * self.earlier)[:, :, row * width : (row + 1) * width]
+        return tf.einsum("frp,pbf->rbf", weighting, features)
+
+    def summary(self, sums):
+        """What `call` adds to a row whose weighted sum is known: (B, filters) -> (B, C)."""
         return self.widen(tf.nn.relu(sums))
 
     def get_config(self):
@@ -658,73 +660,81 @@ class PixelCNN(keras.Model):
         seed, temperature = tf.constant(seed, tf.int32), tf.constant(temperature, tf.float32)
         return self.draw(tf.cast(known, tf.int32), seed, temperature)[0]
 
-    @tf.function(reduce_retracing=True)
+    @tf.function(  # a batch of 1 that is known to be 1 would give the loops' variables shapes that change
+        input_signature=[tf.TensorSpec((None, None, None), tf.int32), tf.TensorSpec((), tf.int32), tf.TensorSpec(())]
+    )
     def draw(self, known, seed, temperature):
-        """`sample` as one graph: codes (N, h, w), and the logits they were drawn from (N, h, w, K)."""
+        """`sample` as one graph: codes (N, h, w), and the logit of each (N, h, w)."""
         pictures = tf.shape(known)[0]
         height, width = self.grid
-        nothing = tf.zeros((len(self.blocks), pictures, self.filters // 2))
+        table = self.first.table()
 
-        # The cache: the rows of codes and the row of activations that the next row looks at.
+        # The cache: what the next row looks at.
         codes_above = tf.fill((pictures, self.first.radius, width), -1)
-        hidden_above = tf.zeros((len(self.blocks), pictures, width, self.filters // 2))
-        features_above = tf.zeros((len(self.contexts), height, width, pictures, self.context_filters))
+        hidden_above = tf.zeros((len(self.blocks), width, pictures, self.filters // 2))
+        sums = tf.zeros((len(self.contexts), height, pictures, self.context_filters))
         all_codes = tf.TensorArray(tf.int32, height)
         all_logits = tf.TensorArray(tf.float32, height)
 
         for row in tf.range(height):
-            # All that the rows above contribute, at once for the whole row, columns first.
-            first_above = tf.transpose(self.first.above(codes_above), (1, 0, 2))
-            blocks_above = [block.masked.above(hidden_above[i][:, None]) for i, block in enumerate(self.blocks)]
-            blocks_above = tf.transpose(tf.stack(blocks_above), (2, 0, 1, 3))  # (w, blocks, N, filters / 2)
-            summaries = [context.summary(features_above[i], row) for i, context in enumerate(self.contexts)]
+            # All that the rows above contribute, at once for the whole row, column first.
+            start = self.first.above(table, codes_above)
+            if self.learned_position:
+                start += self.position[row]
+            start = tf.transpose(start, (1, 0, 2))
+            above = self.blocks_above(hidden_above)
+            summaries = [context.summary(sums[i, row]) for i, context in enumerate(self.contexts)]
+            # Gumbel noise, added to logits, makes the largest a draw from the categorical distribution.
+            # Unlike the noise of Categorical.sample, that of a picture does not depend on N.
+            noise_shape = (pictures, width, self.num_embeddings)
+            noise = tfp.distributions.Gumbel(0.0, 1.0).sample(noise_shape, seed=tf.stack([seed, row]))
 
             left_codes = tf.fill((pictures, self.first.radius), -1)
-            left_hidden = nothing
+            left = [tf.zeros((pictures, self.filters // 2)) for _ in self.blocks]
             row_codes = tf.TensorArray(tf.int32, width)
             row_logits = tf.TensorArray(tf.float32, width)
-            row_hidden = tf.TensorArray(tf.float32, width)
-            row_features = tf.TensorArray(tf.float32, width)
+            row_hidden = [tf.TensorArray(tf.float32, width) for _ in self.blocks]
+            row_features = [tf.TensorArray(tf.float32, width) for _ in self.contexts]
             for column in tf.range(width):
-                x = first_above[column] + self.first.beside(left_codes)
-                if self.learned_position:
-                    x += self.position[row, column]
+                x = start[column] + self.first.beside(table, left_codes)
                 hidden, features = [], []
                 for i, block in enumerate(self.blocks):
                     if self.contexts and i % CONTEXT_EVERY == 0:
                         features.append(self.contexts[i // CONTEXT_EVERY].narrow(x))
                         x += summaries[i // CONTEXT_EVERY]
-                    x, current = block.step(x, blocks_above[column, i], left_hidden[i])
+                    x, current = block.step(x, above[i, column], left[i])
                     hidden.append(current)
                 logits = self.logits(x)
-
-                # Adding Gumbel noise and taking the largest draws from the categorical distribution.
-                # Unlike the noise of Categorical.sample, that of a picture does not depend on N.
-                position_seed = tf.stack([seed, row * width + column])
-                noise = tfp.distributions.Gumbel(0.0, 1.0).sample(tf.shape(logits), seed=position_seed)
-                drawn = tf.argmax(logits / temperature + noise, axis=-1, output_type=tf.int32)
+                drawn = tf.argmax(logits / temperature + noise[:, column], axis=-1, output_type=tf.int32)
                 given = known[:, row, column]
                 codes = tf.where(given < 0, drawn, given)
-
-                left_codes = tf.concat([left_codes[:, 1:], codes[:, None]], axis=1)
-                left_hidden = tf.stack(hidden)
+                left_codes, left = tf.concat([left_codes[:, 1:], codes[:, None]], axis=1), hidden
+                row_hidden = [array.write(column, value) for array, value in zip(row_hidden, hidden)]
+                row_features = [array.write(column, value) for array, value in zip(row_features, features)]
                 row_codes = row_codes.write(column, codes)
-                row_logits = row_logits.write(column, logits)
-                row_hidden = row_hidden.write(column, left_hidden)
-                if self.contexts:
-                    row_features = row_features.write(column, tf.stack(features))
+                row_logits = row_logits.write(column, tf.gather(logits, codes, batch_dims=1))
 
             codes = tf.transpose(row_codes.stack())
             codes_above = tf.concat([codes_above[:, 1:], codes[:, None]], axis=1)
-            hidden_above = tf.transpose(row_hidden.stack(), (1, 2, 0, 3))
+            hidden_above = tf.stack([array.stack() for array in row_hidden])
             if self.contexts:
-                is_row = tf.reshape(tf.range(height) == row, (1, height, 1, 1, 1))
-                this_row = tf.transpose(row_features.stack(), (1, 0, 2, 3))[:, None]
-                features_above = tf.where(is_row, this_row, features_above)
+                sums += tf.stack([c.share(array.stack(), row) for c, array in zip(self.contexts, row_features)])
             all_codes = all_codes.write(row, codes)
-            all_logits = all_logits.write(row, tf.transpose(row_logits.stack(), (1, 0, 2)))
+            all_logits = all_logits.write(row, tf.transpose(row_logits.stack()))
 
-        return tf.transpose(all_codes.stack(), (1, 0, 2)), tf.transpose(all_logits.stack(), (1, 0, 2, 3))
+        return tf.transpose(all_codes.stack(), (1, 0, 2)), tf.transpose(all_logits.stack(), (1, 0, 2))
+
+    def blocks_above(self, hidden):
+        """What a row gives to the masked convolutions of the next, for all blocks in one product.
+
+        Args: their inputs in the row (blocks, w, N, C). Returns: (blocks, w, N, C), biases included.
+        """
+        width, channels = hidden.shape[1], hidden.shape[-1]
+        padded = tf.pad(hidden, [[0, 0], [1, 1], [0, 0], [0, 0]])
+        seen = tf.concat([padded[:, right : right + width] for right in range(3)], axis=-1)
+        kernels = tf.stack([tf.reshape(block.masked.kernel[:3], (3 * channels, channels)) for block in self.blocks])
+        biases = tf.stack([tf.convert_to_tensor(block.masked.bias) for block in self.blocks])
+        return tf.matmul(seen, kernels[:, None]) + biases[:, None, None]
 
     def get_config(self):
         return {

@@ -76,7 +76,7 @@ def frechet_distance(images, others, components):
     """
     mean, axes = components
     first, second = ((x.reshape(len(x), -1) - mean).astype(np.float64) @ axes for x in (images, others))
-    cov1, cov2 = np.cov(first, rowvar=False), np.cov(second, rowvar=False)
+    cov1, cov2 = (np.atleast_2d(np.cov(x, rowvar=False)) for x in (first, second))
     # tr (C1 C2)^(1/2) by the eigenvalues of C1 C2, which are real and not negative.
     root = np.sqrt(np.maximum(np.linalg.eigvals(cov1 @ cov2).real, 0)).sum()
     return float(np.square(first.mean(0) - second.mean(0)).sum() + np.trace(cov1) + np.trace(cov2) - 2 * root)
@@ -285,21 +285,22 @@ def parse_arguments(arguments):
     options = parser.parse_args(arguments)
     if options.num_samples is not None and options.num_samples < 2:
         parser.error(f"--num-samples must be at least 2, not {options.num_samples}")
-    if not 0 < options.temperature < float("inf"):
-        parser.error(f"--temperature must be above 0, not {options.temperature}")
+    if not 0.01 <= options.temperature <= 100:
+        parser.error(f"--temperature must be from 0.01 to 100, not {options.temperature}")
     if not 0 <= options.seed < 2**31:
         parser.error(f"--seed must be from 0 to {2**31 - 1}, not {options.seed}")
     return options
 
 
 def read_config(run):
+    """K, the folder of the slices, and whether they are phantoms."""
     path = run / "config.json"
     if not path.exists():
         raise dataset.UserError(f"--run {run}: no run here; first python train.py --run {run}")
     try:
         config = json.loads(path.read_text())
-        return config["settings"], config["data"]
-    except (ValueError, KeyError, TypeError):
+        return config["settings"]["num_embeddings"], config["data"]["folder"], config["data"]["phantom"]
+    except (OSError, ValueError, KeyError, TypeError):
         raise dataset.UserError(f"{path} is broken: train again, in another --run") from None
 
 
@@ -307,20 +308,19 @@ def load_model(run, name):
     path = run / f"{name}.keras"
     if not path.exists() or (run / f"{name}_last.keras").exists():
         raise dataset.UserError(f"--run {run}: {name} is not trained to its end; give the same train.py command again")
-    try:
-        return keras.saving.load_model(path, compile=False)
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        raise dataset.UserError(f"{path} is broken, train again in another --run ({type(error).__name__})") from None
+    return dataset.load_model(path, "train again in another --run", compile=False)
 
 
 def predict(options):
     run = pathlib.Path(options.run)
-    settings, data = read_config(run)
+    num_embeddings, folder, phantom = read_config(run)
     vqvae, pixelcnn = load_model(run, "vqvae"), load_model(run, "pixelcnn")
-    splits = dataset.load(options.data or data["folder"])
-    kind = "phantom" if data["phantom"] else "slice"
+    splits = dataset.load(options.data or folder)
+    for name in ("train", "test"):
+        if len(splits[name].images) < 2:  # one has no covariance
+            raise dataset.UserError(f"keras_png_slices_{name} has 1 slice, the measures need at least 2: add some")
+    kind = "phantom" if phantom else "slice"
     train, validate, test = (splits[name].images.astype(np.float32) / 255 for name in dataset.SPLITS)
-    num_embeddings = settings["num_embeddings"]
 
     print("encoding and reconstructing")
     train_codes, test_codes = encode(vqvae, train), encode(vqvae, test)
@@ -340,7 +340,7 @@ def predict(options):
             "validate_images": len(validate),
             "test_images": len(test),
             "test_subjects": len(set(splits["test"].subjects)) if splits["test"].subjects else None,
-            "phantom": data["phantom"],
+            "phantom": phantom,
         },
         "reconstruction": measure_reconstructions(test, reconstructed),
         "codebook": measure_codebook(num_embeddings, test_codes, train_codes),

@@ -60,6 +60,7 @@ class Settings:
     pixelcnn_blocks: int = setting(15, "residual blocks; 15 in the PixelRNN paper, table 1", 1, 128)
     dropout: float = setting(0.1, "rate in every residual block", 0.0, 0.9)
     learned_position: bool = setting(True, "add a learned vector for each grid position")
+    context_filters: int = setting(64, "channels that sum up all rows above; 0 for none", 0, 4096)
     pixelcnn_epochs: int = setting(100, "epochs of the PixelCNN", 1, 10**6)
     pixelcnn_batch_size: int = setting(128, "grids of codes a step", 1, 2**16)
     pixelcnn_learning_rate: float = setting(1e-3, "Adam's, at the start", 1e-8, 1.0)
@@ -80,6 +81,7 @@ ORIGINAL = {
     "pixelcnn_filters": 128,
     "dropout": 0.0,
     "learned_position": False,
+    "context_filters": 0,
     "pixelcnn_learning_rate": 3e-4,
     "cosine_decay": False,
     "mirror": False,
@@ -159,8 +161,8 @@ def open_run(run, settings, data_folder, data, phantom):
         return
     try:
         before = json.loads(path.read_text())
-        versions, before_data, before_settings = before["versions"], before["data"], before["settings"]
-    except (ValueError, KeyError, TypeError):
+        versions, before_data, before_settings = ({**before[part]} for part in ("versions", "data", "settings"))
+    except (OSError, ValueError, KeyError, TypeError):
         raise dataset.UserError(f"{path} is broken: choose another --run, or delete this one") from None
     for name in config["settings"]:
         now, then = config["settings"][name], before_settings.get(name)
@@ -194,12 +196,21 @@ class Stage:
         self.history = run / f"{name}_history.csv"
         self.plot = run / f"{name}_loss.png"
 
-    def read_history(self):
-        """Rows of the history, as {column: number}."""
-        if not self.history.exists():
+    def read_history(self, epochs):
+        """The rows of the first epochs, as {column: number}."""
+        if not epochs:
             return []
-        with open(self.history, newline="") as file:
-            return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+        try:
+            with open(self.history, newline="") as file:
+                rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)][:epochs]
+            if [row["epoch"] for row in rows if {"loss", "val_loss"} <= row.keys()] == list(range(1, epochs + 1)):
+                return rows
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+        raise dataset.UserError(
+            f"{self.history} does not hold the {epochs} epoch(s) that {self.last.name} has behind it: "
+            f"delete both, and {self.name} starts again from its first epoch"
+        )
 
     def write_history(self, rows):
         def write(path):
@@ -266,7 +277,7 @@ def fit(stage, settings, make_model, variants, validation, batch_size, learning_
     strategy = tf.distribute.MirroredStrategy() if several else tf.distribute.get_strategy()
     with strategy.scope():
         if stage.last.exists():
-            model = keras.saving.load_model(stage.last)
+            model = dataset.load_model(stage.last, f"delete it, and {stage.name} starts again from its first epoch")
         else:
             keras.utils.set_random_seed(settings.seed)
             model = make_model()
@@ -275,9 +286,9 @@ def fit(stage, settings, make_model, variants, validation, batch_size, learning_
             model.compile(optimizer=keras.optimizers.Adam(learning_rate), loss=loss)
 
     done = int(model.optimizer.iterations) // steps
+    rows = stage.read_history(done)
     if done:
         print(f"{stage.name}: goes on after epoch {done} of {stage.epochs}")
-    rows = stage.read_history()[:done]
     if done < stage.epochs:
         batches = dataset.shuffled_batches(variants, batch_size, settings.seed, range(done, stage.epochs))
         model.fit(
@@ -356,6 +367,7 @@ def fit_pixelcnn(stage, settings, vqvae, train, validate):
             residual_blocks=settings.pixelcnn_blocks,
             dropout=settings.dropout,
             learned_position=settings.learned_position,
+            context_filters=settings.context_filters,
         )
 
     fit(
@@ -384,7 +396,10 @@ def main(arguments=None):
     try:
         if run.exists() and not run.is_dir():
             raise dataset.UserError(f"--run {run} is a file: choose another")
-        run.mkdir(parents=True, exist_ok=True)
+        try:
+            run.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise dataset.UserError(f"--run {run} cannot be created ({error.strerror}): choose another") from None
         if options.demo and not options.data.exists():
             dataset.write_phantom(options.data)
         splits = dataset.load(options.data)
@@ -398,7 +413,8 @@ def main(arguments=None):
             elif stage.name == "vqvae":
                 fit_vqvae(stage, settings, train, validate)
             else:
-                fit_pixelcnn(stage, settings, keras.saving.load_model(stages[0].best), train, validate)
+                vqvae = dataset.load_model(stages[0].best, "delete it, and the VQ-VAE is trained again")
+                fit_pixelcnn(stage, settings, vqvae, train, validate)
     except dataset.UserError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2

@@ -6,13 +6,12 @@ import subprocess
 import sys
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
 import pytest
 
 import dataset
 
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 # Small enough for seconds on a CPU, and every part of the default networks is in it.
 TINY = [
     *("--num-embeddings", "16", "--filters", "4", "8", "--residual-blocks", "1", "--vqvae-epochs", "3"),
