@@ -381,11 +381,6 @@ class MaskedConv2D(layers.Layer):
         padded = tf.pad(inputs, [[0, 0], [r, 0], [r, r], [0, 0]])
         return tf.nn.conv2d(padded, kernel, strides=1, padding="VALID") + self.bias
 
-    def beside(self, left, current):
-        """What one row gives to one of its positions, for a 3x3 of type B: 2 x (B, C) -> (B, filters)."""
-        kernel = tf.reshape(self.kernel[-2:], (-1, self.filters))
-        return tf.matmul(tf.concat([left, current], axis=1), kernel)
-
     def get_config(self):
         return {
             **super().get_config(),
@@ -489,15 +484,14 @@ class ResidualBlock(layers.Layer):
         hidden = self.masked(tf.nn.relu(self.narrow(tf.nn.relu(x))))
         return x + self.drop(self.widen(tf.nn.relu(hidden)), training=training)
 
-    def step(self, x, above, left):
+    def step(self, x, seen):
         """`call` at one position, from cached activations [5].
 
-        Args: x (B, filters); what the row above gives to `masked` here (B, filters / 2); the input
-            of `masked` at the left neighbour (B, filters / 2).
+        Args: x (B, filters); what all earlier positions give to `masked` here (B, filters / 2).
         Returns: the output (B, filters), and the input of `masked` here (B, filters / 2).
         """
         current = tf.nn.relu(self.narrow(tf.nn.relu(x)))
-        hidden = above + self.masked.beside(left, current)
+        hidden = seen + tf.matmul(current, self.masked.kernel[-1])
         return x + self.widen(tf.nn.relu(hidden)), current
 
     def get_config(self):
@@ -668,10 +662,11 @@ class PixelCNN(keras.Model):
         pictures = tf.shape(known)[0]
         height, width = self.grid
         table = self.first.table()
+        left_kernels = tf.stack([block.masked.kernel[-2] for block in self.blocks])
 
         # The cache: what the next row looks at.
         codes_above = tf.fill((pictures, self.first.radius, width), -1)
-        hidden_above = tf.zeros((len(self.blocks), width, pictures, self.filters // 2))
+        hidden_above = tf.zeros((width, len(self.blocks), pictures, self.filters // 2))
         sums = tf.zeros((len(self.contexts), height, pictures, self.context_filters))
         all_codes = tf.TensorArray(tf.int32, height)
         all_logits = tf.TensorArray(tf.float32, height)
@@ -690,33 +685,35 @@ class PixelCNN(keras.Model):
             noise = tfp.distributions.Gumbel(0.0, 1.0).sample(noise_shape, seed=tf.stack([seed, row]))
 
             left_codes = tf.fill((pictures, self.first.radius), -1)
-            left = [tf.zeros((pictures, self.filters // 2)) for _ in self.blocks]
+            left = tf.zeros((len(self.blocks), pictures, self.filters // 2))
             row_codes = tf.TensorArray(tf.int32, width)
             row_logits = tf.TensorArray(tf.float32, width)
-            row_hidden = [tf.TensorArray(tf.float32, width) for _ in self.blocks]
+            row_hidden = tf.TensorArray(tf.float32, width)
             row_features = [tf.TensorArray(tf.float32, width) for _ in self.contexts]
             for column in tf.range(width):
                 x = start[column] + self.first.beside(table, left_codes)
+                seen = tf.unstack(above[column] + tf.matmul(left, left_kernels))
                 hidden, features = [], []
                 for i, block in enumerate(self.blocks):
                     if self.contexts and i % CONTEXT_EVERY == 0:
                         features.append(self.contexts[i // CONTEXT_EVERY].narrow(x))
                         x += summaries[i // CONTEXT_EVERY]
-                    x, current = block.step(x, above[i, column], left[i])
+                    x, current = block.step(x, seen[i])
                     hidden.append(current)
                 logits = self.logits(x)
                 drawn = tf.argmax(logits / temperature + noise[:, column], axis=-1, output_type=tf.int32)
                 given = known[:, row, column]
                 codes = tf.where(given < 0, drawn, given)
-                left_codes, left = tf.concat([left_codes[:, 1:], codes[:, None]], axis=1), hidden
-                row_hidden = [array.write(column, value) for array, value in zip(row_hidden, hidden)]
+                left_codes = tf.concat([left_codes[:, 1:], codes[:, None]], axis=1)
+                left = tf.stack(hidden)
+                row_hidden = row_hidden.write(column, left)
                 row_features = [array.write(column, value) for array, value in zip(row_features, features)]
                 row_codes = row_codes.write(column, codes)
                 row_logits = row_logits.write(column, tf.gather(logits, codes, batch_dims=1))
 
             codes = tf.transpose(row_codes.stack())
             codes_above = tf.concat([codes_above[:, 1:], codes[:, None]], axis=1)
-            hidden_above = tf.stack([array.stack() for array in row_hidden])
+            hidden_above = row_hidden.stack()
             if self.contexts:
                 sums += tf.stack([c.share(array.stack(), row) for c, array in zip(self.contexts, row_features)])
             all_codes = all_codes.write(row, codes)
@@ -727,14 +724,14 @@ class PixelCNN(keras.Model):
     def blocks_above(self, hidden):
         """What a row gives to the masked convolutions of the next, for all blocks in one product.
 
-        Args: their inputs in the row (blocks, w, N, C). Returns: (blocks, w, N, C), biases included.
+        Args: their inputs in the row (w, blocks, N, C). Returns: the same shape, biases included.
         """
-        width, channels = hidden.shape[1], hidden.shape[-1]
-        padded = tf.pad(hidden, [[0, 0], [1, 1], [0, 0], [0, 0]])
-        seen = tf.concat([padded[:, right : right + width] for right in range(3)], axis=-1)
+        width, channels = hidden.shape[0], hidden.shape[-1]
+        padded = tf.pad(hidden, [[1, 1], [0, 0], [0, 0], [0, 0]])
+        neighbours = tf.concat([padded[right : right + width] for right in range(3)], axis=-1)
         kernels = tf.stack([tf.reshape(block.masked.kernel[:3], (3 * channels, channels)) for block in self.blocks])
         biases = tf.stack([tf.convert_to_tensor(block.masked.bias) for block in self.blocks])
-        return tf.matmul(seen, kernels[:, None]) + biases[:, None, None]
+        return tf.matmul(neighbours, kernels) + biases[:, None]
 
     def get_config(self):
         return {

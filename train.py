@@ -332,49 +332,57 @@ def plot_history(stage, rows):
 # --------------------------------------------------------------------------------------
 
 
+def make_vqvae(settings, data_variance=1.0):
+    return modules.VQVAE(
+        settings.num_embeddings,
+        settings.embedding_dim,
+        settings.commitment_cost,
+        settings.ema_decay or None,
+        image_size=dataset.IMAGE_SIZE,
+        filters=settings.filters,
+        kernel_size=settings.kernel_size,
+        residual_blocks=settings.residual_blocks,
+        ssim_weight=settings.ssim_weight,
+        data_variance=data_variance,
+    )
+
+
+def make_pixelcnn(settings):
+    side = dataset.IMAGE_SIZE // 2 ** len(settings.filters)
+    return modules.PixelCNN(
+        settings.num_embeddings,
+        (side, side),
+        filters=settings.pixelcnn_filters,
+        residual_blocks=settings.pixelcnn_blocks,
+        dropout=settings.dropout,
+        learned_position=settings.learned_position,
+        context_filters=settings.context_filters,
+    )
+
+
 def fit_vqvae(stage, settings, train, validate):
     """Images uint8 (N, 64, 64) of the two splits -> stage.best."""
-
-    def make_model():
-        return modules.VQVAE(
-            settings.num_embeddings,
-            settings.embedding_dim,
-            settings.commitment_cost,
-            settings.ema_decay or None,
-            image_size=dataset.IMAGE_SIZE,
-            filters=settings.filters,
-            kernel_size=settings.kernel_size,
-            residual_blocks=settings.residual_blocks,
-            ssim_weight=settings.ssim_weight,
-            data_variance=np.var(train / np.float32(255)),
-        )
-
     variants = dataset.with_mirrored(train) if settings.mirror else train[:, None]
-    batch_size, learning_rate = settings.vqvae_batch_size, settings.vqvae_learning_rate
-    fit(stage, settings, make_model, variants, validate, batch_size, learning_rate, dataset.to_float)
+    fit(
+        stage,
+        settings,
+        lambda: make_vqvae(settings, data_variance=np.var(train / np.float32(255))),
+        variants,
+        validate,
+        settings.vqvae_batch_size,
+        settings.vqvae_learning_rate,
+        prepare=dataset.to_float,
+    )
 
 
 def fit_pixelcnn(stage, settings, vqvae, train, validate):
     """Images uint8 (N, 64, 64) of the two splits, encoded once -> stage.best."""
     variants = dataset.with_mirrored(train) if settings.mirror else train[:, None]
-    codes = np.stack([encode(vqvae, variants[:, i]) for i in range(variants.shape[1])], axis=1)
-
-    def make_model():
-        return modules.PixelCNN(
-            settings.num_embeddings,
-            codes.shape[2:],
-            filters=settings.pixelcnn_filters,
-            residual_blocks=settings.pixelcnn_blocks,
-            dropout=settings.dropout,
-            learned_position=settings.learned_position,
-            context_filters=settings.context_filters,
-        )
-
     fit(
         stage,
         settings,
-        make_model,
-        codes,
+        lambda: make_pixelcnn(settings),
+        np.stack([encode(vqvae, variants[:, i]) for i in range(variants.shape[1])], axis=1),
         encode(vqvae, validate),
         settings.pixelcnn_batch_size,
         settings.pixelcnn_learning_rate,

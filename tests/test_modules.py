@@ -308,14 +308,9 @@ def test_sampler_draws_from_the_logits_of_the_full_network(grid, options):
     np.testing.assert_allclose(sampler, network, atol=2e-5)
 
 
-@pytest.mark.parametrize("stale", ["left", "above"])
-def test_control_a_stale_cache_gives_other_logits(monkeypatch, stale):
+def test_control_a_stale_cache_gives_other_logits(monkeypatch):
     step = modules.ResidualBlock.step
-
-    def stale_step(self, x, above, left):
-        return step(self, x, above * (stale != "above"), left * (stale != "left"))
-
-    monkeypatch.setattr(modules.ResidualBlock, "step", stale_step)
+    monkeypatch.setattr(modules.ResidualBlock, "step", lambda block, x, seen: step(block, x, tf.zeros_like(seen)))
     sampler, network = logits_of_a_draw(make_pixelcnn((5, 5)))
     assert np.abs(sampler - network).max() > 1e-2
 

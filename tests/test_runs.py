@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import shutil
 
 import keras
@@ -169,22 +170,24 @@ def die(*arguments):
     raise Killed
 
 
+def kill_before_rename(monkeypatch, number, replace=os.replace):
+    """Let train.py be killed when it is about to give a file its final name, for that many-th time."""
+    left = iter(range(number))
+    monkeypatch.setattr(dataset.os, "replace", lambda *names: die() if next(left, None) is None else replace(*names))
+
+
 def test_stopped_run_ends_as_the_uninterrupted_one(finished_run, phantoms, tmp_path, monkeypatch):
-    """Killed before each rename in turn, of every file of every epoch, and started again each time."""
+    """Killed between writing and renaming of every kind of file in turn, and started again each time."""
     run = tmp_path / "run"
-    arguments = ["--data", str(phantoms), "--run", str(run), *TINY]
-    replace, deaths = dataset.os.replace, 0
-    for survived in range(100):
-        left = iter(range(survived % 4 + 1))
-        monkeypatch.setattr(
-            dataset.os, "replace", lambda *names, left=left: die() if next(left, None) is None else replace(*names)
-        )
+    deaths = 0
+    while True:
+        kill_before_rename(monkeypatch, 1 + deaths % 4)
         try:
-            assert train.main(arguments) == 0
+            assert train.main(["--data", str(phantoms), "--run", str(run), *TINY]) == 0
             break
         except Killed:
             deaths += 1
-            for path in run.glob("[!p]*.keras"):
+            for path in [*run.glob("vqvae*.keras"), *run.glob("pixelcnn*.keras")]:
                 keras.saving.load_model(path)  # whatever has its final name opens
     assert deaths > 5
     for name in ("vqvae", "pixelcnn"):
@@ -197,12 +200,12 @@ def test_stopped_run_ends_as_the_uninterrupted_one(finished_run, phantoms, tmp_p
             np.testing.assert_allclose(weight, expected_weight, rtol=1e-4, atol=1e-6)
 
 
-def test_control_another_seed_ends_elsewhere(finished_run, phantoms, tmp_path):
-    run = tmp_path / "run"
-    assert train.main(["--data", str(phantoms), "--run", str(run), "--seed", "1", *TINY]) == 0
-    for name in ("vqvae", "pixelcnn"):
-        history, expected = (read_history(folder / f"{name}_history.csv") for folder in (run, finished_run))
-        assert history[-1]["loss"] != pytest.approx(expected[-1]["loss"], rel=1e-6)
+def test_control_another_seed_starts_elsewhere(finished_run, phantoms, tmp_path, monkeypatch):
+    kill_before_rename(monkeypatch, 4)  # after the settings, and the first epoch's model, history and last state
+    with pytest.raises(Killed):
+        train.main(["--data", str(phantoms), "--run", str(tmp_path), "--seed", "1", *TINY])
+    first, expected = (read_history(folder / "vqvae_history.csv")[0] for folder in (tmp_path, finished_run))
+    assert first["loss"] != pytest.approx(expected["loss"], rel=1e-6)
 
 
 @pytest.mark.parametrize("write", [lambda path: path.write_text("half"), die])
