@@ -87,7 +87,7 @@ ORIGINAL = {
     "mirror": False,
 }
 # A few hundred phantoms make epochs of a few steps: smaller batches, so that the demo ends in minutes.
-DEMO = {"vqvae_batch_size": 32, "vqvae_epochs": 15, "pixelcnn_epochs": 15, "pixelcnn_batch_size": 32}
+DEMO = {"vqvae_batch_size": 32, "vqvae_epochs": 12, "pixelcnn_epochs": 12, "pixelcnn_batch_size": 32}
 
 
 # --------------------------------------------------------------------------------------
