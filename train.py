@@ -360,13 +360,12 @@ def make_pixelcnn(settings):
     )
 
 
-def fit_vqvae(stage, settings, train, validate):
-    """Images uint8 (N, 64, 64) of the two splits -> stage.best."""
-    variants = dataset.with_mirrored(train) if settings.mirror else train[:, None]
+def fit_vqvae(stage, settings, variants, validate):
+    """Training slices uint8 (N, V, 64, 64), validation slices (N, 64, 64) -> stage.best."""
     fit(
         stage,
         settings,
-        lambda: make_vqvae(settings, data_variance=np.var(train / np.float32(255))),
+        lambda: make_vqvae(settings, data_variance=np.var(variants[:, 0] / np.float32(255))),
         variants,
         validate,
         settings.vqvae_batch_size,
@@ -375,9 +374,8 @@ def fit_vqvae(stage, settings, train, validate):
     )
 
 
-def fit_pixelcnn(stage, settings, vqvae, train, validate):
-    """Images uint8 (N, 64, 64) of the two splits, encoded once -> stage.best."""
-    variants = dataset.with_mirrored(train) if settings.mirror else train[:, None]
+def fit_pixelcnn(stage, settings, vqvae, variants, validate):
+    """The same slices, encoded once -> stage.best."""
     fit(
         stage,
         settings,
@@ -414,15 +412,16 @@ def main(arguments=None):
         open_run(run, settings, options.data, dataset.fingerprint(splits), options.demo)
         print(json.dumps(dataclasses.asdict(settings), indent=2))
         train, validate = splits["train"].images, splits["validate"].images
+        variants = dataset.with_mirrored(train) if settings.mirror else train[:, None]
 
         for stage in stages:
             if stage.is_finished():
                 print(f"{stage.name}: finished before, {stage.best}")
             elif stage.name == "vqvae":
-                fit_vqvae(stage, settings, train, validate)
+                fit_vqvae(stage, settings, variants, validate)
             else:
                 vqvae = dataset.load_model(stages[0].best, "delete it, and the VQ-VAE is trained again")
-                fit_pixelcnn(stage, settings, vqvae, train, validate)
+                fit_pixelcnn(stage, settings, vqvae, variants, validate)
     except dataset.UserError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
