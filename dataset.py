@@ -14,6 +14,7 @@ random head phantoms, for a try without any download. Run as a script, this file
     python dataset.py keras_png_slices_data
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -39,11 +40,26 @@ class UserError(Exception):
     """Something the user can mend; shown as one line, without a traceback."""
 
 
+@contextlib.contextmanager
+def told_if_it_fails(path):
+    """A full disk or a missing permission, while `path` is written, is told in one line."""
+    try:
+        yield
+    except (OSError, tf.errors.OpError) as error:
+        reason = getattr(error, "strerror", None) or type(error).__name__
+        raise UserError(f"{path} cannot be written ({reason}): mend that, then give the same command again") from None
+
+
 def write_whole(path, write):
     """Call write(temporary path), then rename: a file under its final name is always complete."""
     temporary = path.with_name(f"partial_{path.name}")
-    write(temporary)
-    os.replace(temporary, path)
+    with told_if_it_fails(path):
+        try:
+            write(temporary)
+            os.replace(temporary, path)
+        except OSError:
+            temporary.unlink(missing_ok=True)  # half a file would keep the disk full
+            raise
 
 
 def write_json(path, content):
@@ -265,6 +281,12 @@ def shuffled_batches(variants, batch_size, seed, epochs):
     return batches.map(lambda index: tf.gather_nd(variants, index)).prefetch(tf.data.AUTOTUNE)
 
 
+def in_batches(function, array, batch_size=256):
+    """function(array), a batch at a time, so that the memory it takes does not grow with N: (N, ...) -> (N, ...)."""
+    parts = range(0, len(array), batch_size)
+    return np.concatenate([function(tf.constant(array[start : start + batch_size])) for start in parts])
+
+
 # --------------------------------------------------------------------------------------
 # The demo phantom
 # --------------------------------------------------------------------------------------
@@ -360,15 +382,16 @@ def write_phantom(folder, train=24, validate=4, test=4, seed=0):
     cases = {"train": range(1, 1 + train), "validate": range(402, 402 + validate), "test": range(441, 441 + test)}
     print(f"drawing {train + validate + test} head phantoms into {folder}")
     progress = keras.utils.Progbar(train + validate + test, unit_name="subject")
-    for split in SPLITS:
-        split_folder = partial / f"keras_png_slices_{split}"
-        split_folder.mkdir(parents=True)
-        for case in cases[split]:
-            for index, picture in enumerate(phantom_slices(np.random.default_rng((seed, case)))):
-                path = split_folder / f"case_{case:03d}_slice_{index}.nii.png"
-                tf.io.write_file(str(path), tf.io.encode_png(picture[..., None]))
-            progress.add(1)
-    partial.rename(folder)
+    with told_if_it_fails(folder):
+        for split in SPLITS:
+            split_folder = partial / f"keras_png_slices_{split}"
+            split_folder.mkdir(parents=True)
+            for case in cases[split]:
+                for index, picture in enumerate(phantom_slices(np.random.default_rng((seed, case)))):
+                    path = split_folder / f"case_{case:03d}_slice_{index}.nii.png"
+                    tf.io.write_file(str(path), tf.io.encode_png(picture[..., None]))
+                progress.add(1)
+        partial.rename(folder)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,6 @@ import modules  # noqa: F401 - registers the classes that load_model needs
 matplotlib.use("agg")
 from matplotlib import pyplot as plt
 
-BATCH = 256  # images a forward pass
 COMPONENTS = 64  # principal components of frechet_pca
 NEIGHBOURS = 20  # training slices, nearest by L2, among which the most similar is looked for
 PICTURED = 16  # novel slices in samples.png
@@ -108,19 +107,14 @@ def histogram_entropy(codes, num_embeddings):
 # --------------------------------------------------------------------------------------
 
 
-def in_batches(function, array):
-    """function(array), a batch at a time."""
-    return np.concatenate([function(tf.constant(array[i : i + BATCH])) for i in range(0, len(array), BATCH)])
-
-
 def encode(vqvae, images):
     """Images (N, 64, 64) -> codes int32 (N, h, w)."""
-    return in_batches(vqvae.encode, images[..., None])
+    return dataset.in_batches(vqvae.encode, images[..., None])
 
 
 def decode(vqvae, codes):
     """Codes (N, h, w) -> images (N, 64, 64)."""
-    return in_batches(vqvae.decode, codes)[..., 0]
+    return dataset.in_batches(vqvae.decode, codes)[..., 0]
 
 
 def nats_per_code(pixelcnn, codes):
@@ -130,7 +124,7 @@ def nats_per_code(pixelcnn, codes):
     def negative_log_likelihood(batch):
         return -tfp.distributions.Categorical(logits=pixelcnn(batch)).log_prob(batch)
 
-    return float(in_batches(negative_log_likelihood, codes).mean(dtype=np.float64))
+    return float(dataset.in_batches(negative_log_likelihood, codes).mean(dtype=np.float64))
 
 
 # --------------------------------------------------------------------------------------
@@ -381,6 +375,9 @@ def main(arguments=None):
     except dataset.UserError as error:
         print(f"predict.py: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("predict.py: stopped; the same command starts again", file=sys.stderr)
+        return 130
     return 0
 
 

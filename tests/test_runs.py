@@ -4,6 +4,7 @@ import csv
 import itertools
 import json
 import os
+import re
 import shutil
 
 import keras
@@ -177,9 +178,13 @@ def kill_before_rename(monkeypatch, number, replace=os.replace):
     monkeypatch.setattr(dataset.os, "replace", lambda *names: die() if next(left, None) is None else replace(*names))
 
 
-def test_stopped_run_ends_as_the_uninterrupted_one(finished_run, phantoms, tmp_path, monkeypatch):
-    """Killed between writing and renaming of every kind of file in turn, and started again each time."""
+def test_stopped_run_ends_as_the_uninterrupted_one(finished_run, phantoms, tmp_path, monkeypatch, capsys):
+    """The disk is full once; then killed between writing and renaming of every kind of file in turn."""
     run = tmp_path / "run"
+    run.mkdir()
+    (run / "partial_vqvae_last.keras").symlink_to("/dev/full")
+    assert train.main(["--data", str(phantoms), "--run", str(run), *TINY]) == 2
+    assert f"{run / 'vqvae_last.keras'} cannot be written (No space left on device)" in capsys.readouterr().err
     deaths = 0
     for number in itertools.cycle((3, 4, 7)):  # before a last state, a history, and the first model of a stage
         kill_before_rename(monkeypatch, number)
@@ -217,6 +222,16 @@ def test_file_under_its_final_name_is_the_old_one_until_the_new_is_whole(tmp_pat
     with pytest.raises(Killed):
         dataset.write_whole(path, write)
     assert json.loads(path.read_text()) == {"old": 1}
+
+
+def test_full_disk_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "report.json"
+    dataset.write_json(path, {"old": 1})
+    (tmp_path / "partial_report.json").symlink_to("/dev/full")
+    with pytest.raises(dataset.UserError, match=re.escape(f"{path} cannot be written (No space left on device)")):
+        dataset.write_json(path, {"new": 1})
+    assert json.loads(path.read_text()) == {"old": 1}
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_loss_that_is_not_a_number_stops_the_stage(phantoms, tmp_path, capsys):
