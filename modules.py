@@ -460,7 +460,7 @@ class ResidualBlock(layers.Layer):
 
     Args:
         filters: channels of x; the masked convolution has half of them.
-        dropout: rate of the dropout on the block's output, before the sum.
+        dropout: rate of the dropout before the last 1x1 convolution.
 
     Shapes: (B, h, w, filters) -> the same.
     """
@@ -481,8 +481,8 @@ class ResidualBlock(layers.Layer):
         self.widen.build(half)
 
     def call(self, x, training=False):
-        hidden = self.masked(tf.nn.relu(self.narrow(tf.nn.relu(x))))
-        return x + self.drop(self.widen(tf.nn.relu(hidden)), training=training)
+        hidden = tf.nn.relu(self.masked(tf.nn.relu(self.narrow(tf.nn.relu(x)))))
+        return x + self.widen(self.drop(hidden, training=training))
 
     def step(self, x, seen):
         """`call` at one position, from cached activations [5].
@@ -499,55 +499,87 @@ class ResidualBlock(layers.Layer):
 
 
 @register
-class RowContext(layers.Layer):
-    """Adds to each row a summary of all rows above it: x + Dense(ReLU(weighted sum of Dense(x))).
+class GlobalContext(layers.Layer):
+    """Adds to each position p a summary of all earlier ones: x_p + W_p ReLU(weighted sum of ReLU(Dense(x))).
 
-    A masked 3x3 convolution carries one row further; what holds for the whole picture, such as its
-    brightness, arrives after many blocks and fades. Here every channel of the summary is its own
-    learned weighting of all earlier rows, which starts as their mean.
+    A masked 3x3 convolution carries one position further; what holds for the whole picture, such as
+    its brightness, arrives after many blocks and fades. Here every channel of the summary is a
+    learned weighting of the position itself and all earlier ones, which starts as their mean, and
+    each position reads it through a matrix of its own: the slices are registered, so that the
+    part of the head which comes next has a fixed place.
 
     Args:
         filters: channels of the summary.
+        dropout: rate of the dropout on the summary.
 
-    Shapes: (B, h, w, C) -> the same; a row depends on itself and on the rows above.
+    Shapes: (B, h, w, C) -> the same; a position depends on itself and on earlier ones.
     """
 
-    def __init__(self, filters, **kwargs):
+    def __init__(self, filters, dropout=0.0, **kwargs):
         super().__init__(**kwargs)
         self.filters = filters
+        self.dropout = dropout
         self.narrow = layers.Dense(filters, activation="relu")
+        self.drop = layers.Dropout(dropout)
 
     def build(self, input_shape):
         height, width, channels = input_shape[1:]
-        earlier = np.repeat(np.tri(height, k=-1, dtype="float32"), width, axis=1)  # (h, h w): is it in a row above?
-        mean = earlier / np.maximum(earlier.sum(axis=1, keepdims=True), 1)
-        self.earlier = earlier
-        self.weighting = self.add_weight(
-            name="weighting",
-            shape=(self.filters, *earlier.shape),
-            initializer=lambda shape, dtype: tf.broadcast_to(tf.cast(mean, dtype), shape),
-        )
-        self.narrow.build(input_shape)
-        self.widen = layers.Dense(channels)
-        self.widen.build((None, self.filters))
+        self.grid = height, width
+        row = np.arange(height)
+        mean = 1 / (width * (row + 1))
 
-    def call(self, x):
-        features = tf.reshape(self.narrow(x), (-1, self.earlier.shape[1], self.filters))
-        sums = tf.einsum("frp,bpf->brf", self.weighting * self.earlier, features)
-        return x + self.summary(sums)[:, :, None]
+        def start(values):
+            return lambda shape, dtype: tf.broadcast_to(tf.cast(values, dtype), shape)
+
+        # For each row, the weights of all positions in the rows above and in the row itself.
+        self.is_above = np.repeat(row[:, None] > row, width, axis=1).astype("float32")
+        self.above = self.add_weight(
+            name="above", shape=(self.filters, height, height * width), initializer=start(mean[:, None])
+        )
+        self.beside = self.add_weight(
+            name="beside", shape=(height, width, self.filters), initializer=start(mean[:, None, None])
+        )
+        # Keras would read the fans of this shape as those of one kernel of h * w entries.
+        limit = np.sqrt(6 / (self.filters + channels))
+        self.readout = self.add_weight(
+            name="readout",
+            shape=(height * width, self.filters, channels),
+            initializer=keras.initializers.RandomUniform(-limit, limit),
+        )
+        self.bias = self.add_weight(name="bias", shape=(channels,), initializer="zeros")
+        self.narrow.build(input_shape)
+
+    def call(self, x, training=False):
+        height, width = self.grid
+        features = self.narrow(x)
+        positions = tf.reshape(features, (-1, height * width, self.filters))
+        above = tf.einsum("frp,bpf->brf", self.above * self.is_above, positions)
+        # A running sum along the row: this product is seven times faster than tf.cumsum.
+        beside = tf.matmul(tf.constant(np.tri(width, dtype="float32")), features * self.beside)
+        summary = self.drop(tf.nn.relu(above[:, :, None] + beside), training=training)
+        summary = tf.reshape(summary, (-1, height * width, self.filters))
+        added = tf.transpose(tf.matmul(tf.transpose(summary, (1, 0, 2)), self.readout), (1, 0, 2))
+        return x + tf.reshape(added, tf.shape(x)) + self.bias
+
+    def step(self, x, summed, row, column):
+        """`call` at one position, from the weighted sum over all earlier ones [5].
+
+        Args: x (B, C); the sum (B, filters); the position.
+        Returns: the output (B, C); the sum, this position included; its features (B, filters), for `share`.
+        """
+        features = self.narrow(x)
+        summed += features * self.beside[row, column]
+        added = tf.matmul(tf.nn.relu(summed), self.readout[row * self.grid[1] + column])
+        return x + added + self.bias, summed, features
 
     def share(self, features, row):
-        """What one row adds to the weighted sums of all rows: (w, B, filters) -> (h, B, filters)."""
-        width = tf.shape(features)[0]
-        weighting = (self.weighting * self.earlier)[:, :, row * width : (row + 1) * width]
+        """What a row adds to the weighted sums of the rows below: (w, B, filters) -> (h, B, filters)."""
+        width = self.grid[1]
+        weighting = (self.above * self.is_above)[:, :, row * width : (row + 1) * width]
         return tf.einsum("frp,pbf->rbf", weighting, features)
 
-    def summary(self, sums):
-        """What `call` adds to a row whose weighted sum is known: (B, filters) -> (B, C)."""
-        return self.widen(tf.nn.relu(sums))
-
     def get_config(self):
-        return {**super().get_config(), "filters": self.filters}
+        return {**super().get_config(), "filters": self.filters, "dropout": self.dropout}
 
 
 CONTEXT_EVERY = 5  # residual blocks
@@ -565,9 +597,9 @@ class PixelCNN(keras.Model):
         grid: (h, w).
         filters: channels between the residual blocks.
         residual_blocks: 15 in [2, table 1].
-        dropout: rate in every residual block.
+        dropout: rate in every residual block and context.
         learned_position: adds the position vectors.
-        context_filters: channels of a `RowContext` before every fifth residual block; 0 for none.
+        context_filters: channels of a `GlobalContext` before every fifth residual block; 0 for none.
 
     Call arguments: codes, int32 (B, h, w) in [0, K).
     Returns: logits, float32 (B, h, w, K); those at a position depend on earlier codes alone.
@@ -593,7 +625,8 @@ class PixelCNN(keras.Model):
         self.first = MaskedCodeConv2D(num_embeddings, filters, 7)
         self.blocks = [ResidualBlock(filters, dropout) for _ in range(residual_blocks)]
         self.context_filters = context_filters
-        self.contexts = [RowContext(context_filters) for _ in self.blocks[::CONTEXT_EVERY] if context_filters]
+        contexts = len(self.blocks[::CONTEXT_EVERY]) if context_filters else 0
+        self.contexts = [GlobalContext(context_filters, dropout) for _ in range(contexts)]
         self.head = [
             layers.Dense(filters, activation="relu"),
             layers.Dense(filters, activation="relu"),
@@ -620,7 +653,7 @@ class PixelCNN(keras.Model):
             x = x + self.position
         for i, block in enumerate(self.blocks):
             if self.contexts and i % CONTEXT_EVERY == 0:
-                x = self.contexts[i // CONTEXT_EVERY](x)
+                x = self.contexts[i // CONTEXT_EVERY](x, training=training)
             x = block(x, training=training)
         return self.logits(x)
 
@@ -678,7 +711,6 @@ class PixelCNN(keras.Model):
                 start += self.position[row]
             start = tf.transpose(start, (1, 0, 2))
             above = self.blocks_above(hidden_above)
-            summaries = [context.summary(sums[i, row]) for i, context in enumerate(self.contexts)]
             # Gumbel noise, added to logits, makes the largest a draw from the categorical distribution.
             # Unlike the noise of Categorical.sample, that of a picture does not depend on N.
             noise_shape = (pictures, width, self.num_embeddings)
@@ -690,14 +722,16 @@ class PixelCNN(keras.Model):
             row_logits = tf.TensorArray(tf.float32, width)
             row_hidden = tf.TensorArray(tf.float32, width)
             row_features = [tf.TensorArray(tf.float32, width) for _ in self.contexts]
+            summed = [sums[i, row] for i in range(len(self.contexts))]
             for column in tf.range(width):
                 x = start[column] + self.first.beside(table, left_codes)
                 seen = tf.unstack(above[column] + tf.matmul(left, left_kernels))
-                hidden, features = [], []
+                hidden, features, sums_here = [], [], []
                 for i, block in enumerate(self.blocks):
                     if self.contexts and i % CONTEXT_EVERY == 0:
-                        features.append(self.contexts[i // CONTEXT_EVERY].narrow(x))
-                        x += summaries[i // CONTEXT_EVERY]
+                        j = i // CONTEXT_EVERY
+                        x, sum_here, features_here = self.contexts[j].step(x, summed[j], row, column)
+                        sums_here.append(sum_here), features.append(features_here)
                     x, current = block.step(x, seen[i])
                     hidden.append(current)
                 logits = self.logits(x)
@@ -705,7 +739,7 @@ class PixelCNN(keras.Model):
                 given = known[:, row, column]
                 codes = tf.where(given < 0, drawn, given)
                 left_codes = tf.concat([left_codes[:, 1:], codes[:, None]], axis=1)
-                left = tf.stack(hidden)
+                left, summed = tf.stack(hidden), sums_here
                 row_hidden = row_hidden.write(column, left)
                 row_features = [array.write(column, value) for array, value in zip(row_features, features)]
                 row_codes = row_codes.write(column, codes)

@@ -170,11 +170,12 @@ def plain_pixelcnn(ours):
         x = LearnedPosition()(x)  # 0 in both before the training
     for i, block in enumerate(ours.blocks):
         if ours.contexts and i % modules.CONTEXT_EVERY == 0:  # the same on both sides
-            x = plain(modules.RowContext(ours.context_filters), ours.contexts[i // modules.CONTEXT_EVERY], x)
+            context = modules.GlobalContext(ours.context_filters, ours.dropout)
+            x = plain(context, ours.contexts[i // modules.CONTEXT_EVERY], x)
         hidden = plain(layers.Conv2D(ours.filters // 2, 1, activation="relu"), block.narrow, layers.ReLU()(x))
         hidden = plain(PlainMaskedConv2D(ours.filters // 2, 3, "B"), block.masked, hidden)
-        hidden = plain(layers.Conv2D(ours.filters, 1), block.widen, layers.ReLU()(hidden))
-        x = layers.Add()([x, layers.Dropout(ours.dropout)(hidden)])
+        hidden = layers.Dropout(ours.dropout)(layers.ReLU()(hidden))
+        x = layers.Add()([x, plain(layers.Conv2D(ours.filters, 1), block.widen, hidden)])
     x = layers.ReLU()(x)
     for dense in ours.head:
         x = plain(layers.Conv2D(dense.units, 1, activation=dense.activation), dense, x)

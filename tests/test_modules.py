@@ -275,10 +275,10 @@ def test_control_a_mask_of_type_b_first_leaks_everywhere(grid):
     assert leaks(lambda codes: layer(tf.one_hot(codes, 6)), random_codes(grid)) == list(range(grid[0] * grid[1]))
 
 
-def test_control_a_row_context_that_sees_its_own_row_leaks():
+def test_control_a_context_that_sees_its_whole_row_leaks():
     model = make_pixelcnn((4, 6))
     for context in model.contexts:
-        context.earlier = np.repeat(np.tri(4, dtype="float32"), 6, axis=1)
+        context.is_above = np.repeat(np.tri(4, dtype="float32"), 6, axis=1)
     assert len(leaks(model, random_codes((4, 6)))) > 0
 
 
@@ -308,9 +308,16 @@ def test_sampler_draws_from_the_logits_of_the_full_network(grid, options):
     np.testing.assert_allclose(sampler, network, atol=2e-5)
 
 
-def test_control_a_stale_cache_gives_other_logits(monkeypatch):
-    step = modules.ResidualBlock.step
-    monkeypatch.setattr(modules.ResidualBlock, "step", lambda block, x, seen: step(block, x, tf.zeros_like(seen)))
+STALE = {
+    "block": (modules.ResidualBlock, "step", lambda step: lambda block, x, seen: step(block, x, tf.zeros_like(seen))),
+    "context": (modules.GlobalContext, "share", lambda share: lambda *arguments: tf.zeros_like(share(*arguments))),
+}
+
+
+@pytest.mark.parametrize("part", STALE)
+def test_control_a_stale_cache_gives_other_logits(part, monkeypatch):
+    owner, name, spoil = STALE[part]
+    monkeypatch.setattr(owner, name, spoil(getattr(owner, name)))
     sampler, network = logits_of_a_draw(make_pixelcnn((5, 5)))
     assert np.abs(sampler - network).max() > 1e-2
 
