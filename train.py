@@ -58,12 +58,12 @@ class Settings:
     # PixelCNN
     pixelcnn_filters: int = setting(64, "channels between the residual blocks, half of them inside", 2, 4096)
     pixelcnn_blocks: int = setting(15, "residual blocks; 15 in the PixelRNN paper, table 1", 1, 128)
-    dropout: float = setting(0.1, "rate in every residual block", 0.0, 0.9)
+    dropout: float = setting(0.2, "rate in every residual block and context", 0.0, 0.9)
     learned_position: bool = setting(True, "add a learned vector for each grid position")
-    context_filters: int = setting(64, "channels that sum up all rows above; 0 for none", 0, 4096)
+    context_filters: int = setting(64, "channels that sum up all earlier codes; 0 for none", 0, 4096)
     pixelcnn_epochs: int = setting(100, "epochs of the PixelCNN", 1, 10**6)
     pixelcnn_batch_size: int = setting(128, "grids of codes a step", 1, 2**16)
-    pixelcnn_learning_rate: float = setting(1e-3, "Adam's, at the start", 1e-8, 1.0)
+    pixelcnn_learning_rate: float = setting(3e-3, "Adam's, at the start", 1e-8, 1.0)
 
     # Both
     cosine_decay: bool = setting(True, "lower both learning rates to 0 along a cosine")
@@ -390,9 +390,8 @@ def fit_pixelcnn(stage, settings, vqvae, variants, validate):
 
 
 def encode(vqvae, images):
-    """Codes of uint8 images (N, 64, 64), batch by batch -> int32 (N, h, w)."""
-    batches = tf.data.Dataset.from_tensor_slices(images).batch(256).map(dataset.to_float)
-    return np.concatenate([vqvae.encode(batch) for batch in batches])
+    """Codes of uint8 images (N, 64, 64) -> int32 (N, h, w)."""
+    return dataset.in_batches(lambda batch: vqvae.encode(dataset.to_float(batch)), images)
 
 
 def main(arguments=None):
