@@ -58,12 +58,12 @@ class Settings:
     # PixelCNN
     pixelcnn_filters: int = setting(64, "channels between the residual blocks, half of them inside", 2, 4096)
     pixelcnn_blocks: int = setting(15, "residual blocks; 15 in the PixelRNN paper, table 1", 1, 128)
-    dropout: float = setting(0.2, "rate in every residual block and context", 0.0, 0.9)
+    dropout: float = setting(0.4, "rate in every residual block and context", 0.0, 0.9)
     learned_position: bool = setting(True, "add a learned vector for each grid position")
     context_filters: int = setting(64, "channels that sum up all earlier codes; 0 for none", 0, 4096)
     pixelcnn_epochs: int = setting(100, "epochs of the PixelCNN", 1, 10**6)
     pixelcnn_batch_size: int = setting(128, "grids of codes a step", 1, 2**16)
-    pixelcnn_learning_rate: float = setting(3e-3, "Adam's, at the start", 1e-8, 1.0)
+    pixelcnn_learning_rate: float = setting(1e-3, "Adam's, at the start", 1e-8, 1.0)
 
     # Both
     cosine_decay: bool = setting(True, "lower both learning rates to 0 along a cosine")
@@ -86,8 +86,16 @@ ORIGINAL = {
     "cosine_decay": False,
     "mirror": False,
 }
-# A few hundred phantoms make epochs of a few steps: smaller batches, so that the demo ends in minutes.
-DEMO = {"vqvae_batch_size": 32, "vqvae_epochs": 12, "pixelcnn_epochs": 12, "pixelcnn_batch_size": 32}
+# A few hundred phantoms, and a demo that ends in minutes: smaller batches for more steps, and little dropout, for there
+# is no time to overfit.
+DEMO = {
+    "vqvae_batch_size": 32,
+    "vqvae_epochs": 12,
+    "pixelcnn_batch_size": 32,
+    "pixelcnn_epochs": 12,
+    "pixelcnn_learning_rate": 3e-3,
+    "dropout": 0.1,
+}
 
 
 # --------------------------------------------------------------------------------------
