@@ -92,7 +92,7 @@ DEMO = {
     "vqvae_batch_size": 32,
     "vqvae_epochs": 12,
     "pixelcnn_batch_size": 32,
-    "pixelcnn_epochs": 12,
+    "pixelcnn_epochs": 8,
     "pixelcnn_learning_rate": 3e-3,
     "dropout": 0.1,
 }
