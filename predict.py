@@ -204,7 +204,7 @@ def show(axis, image, caption="", **options):
 
 def save(figure, path):
     figure.tight_layout()
-    dataset.write_whole(path, lambda temporary: figure.savefig(temporary, dpi=100))
+    dataset.write_whole(path, lambda temporary: figure.savefig(temporary, dpi=85))
     plt.close(figure)
 
 
