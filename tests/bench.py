@@ -247,7 +247,8 @@ def compare_epochs(what, ours, plain, examples, prepare, batch_size, steps):
     row(what, "", "largest difference of the outputs", difference, f"where they reach {np.abs(expected).max():.2g}")
 
     epoch = SLICES // batch_size
-    sides = [lambda model=model: model.fit(batches, steps_per_epoch=steps, verbose=0) for model in (ours, plain)]
+    options = {"steps_per_epoch": steps, "shuffle": False, "verbose": 0}
+    sides = [lambda model=model: model.fit(batches, **options) for model in (ours, plain)]
     our_seconds, plain_seconds = measure(*sides) * epoch / steps
     compare(what, our_seconds, "plain" + f" ({steps} of {epoch} steps)" * (steps < epoch), plain_seconds)
 
