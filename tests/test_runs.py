@@ -179,14 +179,14 @@ def kill_before_rename(monkeypatch, number, replace=os.replace):
 
 
 def test_stopped_run_ends_as_the_uninterrupted_one(finished_run, phantoms, tmp_path, monkeypatch, capsys):
-    """The disk is full once; then killed between writing and renaming, in both stages, and started again."""
+    """The disk is full once; then killed between writing and renaming of every kind of file in turn."""
     run = tmp_path / "run"
     run.mkdir()
     (run / "partial_vqvae_last.keras").symlink_to("/dev/full")
     assert train.main(["--data", str(phantoms), "--run", str(run), *TINY]) == 2
     assert f"{run / 'vqvae_last.keras'} cannot be written (No space left on device)" in capsys.readouterr().err
     deaths = 0
-    for number in itertools.cycle((4, 9)):  # before a history, and before the first state to resume from
+    for number in itertools.cycle((2, 4, 7)):  # before a last state, a history, and the first model of a stage
         kill_before_rename(monkeypatch, number)
         try:
             assert train.main(["--data", str(phantoms), "--run", str(run), *TINY]) == 0
@@ -195,7 +195,7 @@ def test_stopped_run_ends_as_the_uninterrupted_one(finished_run, phantoms, tmp_p
             deaths += 1
             for path in [*run.glob("vqvae*.keras"), *run.glob("pixelcnn*.keras")]:
                 keras.saving.load_model(path)  # whatever has its final name opens
-    assert deaths == 3
+    assert deaths == 5
     for name in ("vqvae", "pixelcnn"):
         history, expected = (read_history(folder / f"{name}_history.csv") for folder in (run, finished_run))
         assert [row["epoch"] for row in history] == [1, 2, 3]
