@@ -233,6 +233,14 @@ class Stage:
         return self.plot.exists() and self.best.exists() and not self.last.exists()
 
 
+def data_loss(row, split=""):
+    """The loss without the quantizer's terms; the best epoch is that with the least on validate (split "val_").
+
+    Those terms follow the scale of the latents, and can grow while the reconstructions get better.
+    """
+    return row[f"{split}loss"] - row.get(f"{split}quantizer_loss", 0)
+
+
 class Keeper(keras.callbacks.Callback):
     """After each epoch: keeps the best model, the history, and what a later call needs to go on.
 
@@ -258,7 +266,7 @@ class Keeper(keras.callbacks.Callback):
                 f"{self.stage.name}: the loss is not a number in epoch {epoch + 1}; the best model so far is kept. "
                 f"Lower --{self.stage.name}-learning-rate, in another --run"
             )
-        if all(row["val_loss"] < earlier["val_loss"] for earlier in self.rows):
+        if all(data_loss(row, "val_") < data_loss(earlier, "val_") for earlier in self.rows):
             dataset.write_whole(self.stage.best, self.model.save)
         self.rows.append(row)
         self.stage.write_history(self.rows)
@@ -316,14 +324,16 @@ def fit(stage, settings, make_model, variants, validation, batch_size, learning_
 def plot_history(stage, rows):
     """Training and validation loss against the epoch, the kept epoch marked; perplexity, where there is one."""
     epochs = [row["epoch"] for row in rows]
-    best = min(rows, key=lambda row: row["val_loss"])
+    best = min(rows, key=lambda row: data_loss(row, "val_"))
     has_codebook = "perplexity" in rows[0]
     figure, axes = plt.subplots(1, 1 + has_codebook, figsize=(5 + 4 * has_codebook, 3.5), squeeze=False)
     axis = axes[0, 0]
-    axis.plot(epochs, [row["loss"] for row in rows], label="training")
-    axis.plot(epochs, [row["val_loss"] for row in rows], label="validation")
-    axis.plot(best["epoch"], best["val_loss"], "o", label=f"kept: epoch {best['epoch']:.0f}, {best['val_loss']:.3f}")
-    axis.set(xlabel="epoch", ylabel="nats per code" if stage.name == "pixelcnn" else "loss", title=stage.name)
+    axis.plot(epochs, [data_loss(row) for row in rows], label="training")
+    axis.plot(epochs, [data_loss(row, "val_") for row in rows], label="validation")
+    least = data_loss(best, "val_")
+    axis.plot(best["epoch"], least, "o", label=f"kept: epoch {best['epoch']:.0f}, {least:.3f}")
+    unit = "loss without the quantizer's terms" if has_codebook else "nats per code"
+    axis.set(xlabel="epoch", ylabel=unit, title=stage.name)
     axis.legend()
     if has_codebook:
         axes[0, 1].plot(epochs, [row["perplexity"] for row in rows], label="training")
