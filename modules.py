@@ -71,8 +71,7 @@ class VectorQuantizer(layers.Layer):
         num_embeddings: K, the number of codes.
         embedding_dim: D, the length of a latent vector.
         commitment_cost: beta of [1, equation 3].
-        ema_decay: gamma of [1, appendix A.1], reached from below as (1 + step) / (10 + step); None
-            trains the codebook by gradient [1, equation 3].
+        ema_decay: gamma of [1, appendix A.1]; None trains the codebook by gradient [1, equation 3].
 
     Shapes: latents (..., D) -> the nearest codebook vectors, float32 (..., D).
     """
@@ -143,13 +142,8 @@ class VectorQuantizer(layers.Layer):
         latents = tf.distribute.get_replica_context().all_gather(latents, axis=0)
         codes = self.nearest(latents)
 
-        # A short average at first: the early latents move fast, and a long one would keep the codes that
-        # they left behind.
-        step = tf.cast(self.ema_steps, tf.float32)
-        decay = tf.minimum(self.ema_decay, (1 + step) / (10 + step))
-
         def average(old, new):
-            return decay * old + (1 - decay) * new
+            return self.ema_decay * old + (1 - self.ema_decay) * new
 
         chosen = tf.math.unsorted_segment_sum(tf.ones_like(latents[:, 0]), codes, self.num_embeddings)
         counts = average(self.ema_counts, chosen)

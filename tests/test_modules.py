@@ -88,11 +88,9 @@ def test_commitment_pulls_the_latents_and_the_codebook_loss_the_used_codes(beta)
     np.testing.assert_array_equal(moved, np.unique(quantizer.nearest(latents)))
 
 
-@pytest.mark.parametrize("step, decay", [(0, 0.1), (10, 0.55), (1000, 0.9)])
-def test_moving_average_is_that_of_the_paper(step, decay):
-    """One step of [1, equations 6 to 8], by loops; a shorter average in the first steps."""
+def test_moving_average_is_that_of_the_paper():
+    """One step of [1, equations 6 to 8], by loops."""
     quantizer, latents = make_quantizer(ema_decay=0.9)
-    quantizer.ema_steps.assign(step)
     codes = quantizer.nearest(latents).numpy()
     quantizer.ema_counts.assign(np.full(7, 5.0))
     quantizer.ema_sums.assign(5.0 * quantizer.codebook.numpy())
@@ -102,8 +100,8 @@ def test_moving_average_is_that_of_the_paper(step, decay):
     quantizer.move_codebook(latents)
     for code in range(7):
         chosen = latents.numpy()[codes == code]
-        counts[code] = decay * counts[code] + (1 - decay) * len(chosen)
-        sums[code] = decay * sums[code] + (1 - decay) * chosen.sum(axis=0)
+        counts[code] = 0.9 * counts[code] + 0.1 * len(chosen)
+        sums[code] = 0.9 * sums[code] + 0.1 * chosen.sum(axis=0)
     np.testing.assert_allclose(quantizer.codebook, sums / counts[:, None], rtol=1e-5)
 
 
@@ -116,24 +114,6 @@ def test_dead_code_comes_back_as_a_latent_of_the_batch():
     distance = np.abs(latents.numpy().reshape(-1, 3) - quantizer.codebook.numpy()[:, None]).sum(axis=-1).min(axis=1)
     assert distance[0] < 1e-5
     assert (distance[1:] > 1e-3).all()  # the living moved a little, but were not replaced
-
-
-def codes_that_keep_up(first_step):
-    """Codes that moving latents choose after 50 steps."""
-    quantizer, latents = make_quantizer()
-    quantizer.ema_steps.assign(first_step)
-    for _ in range(50):
-        latents += 0.05
-        quantizer.move_codebook(latents)
-    return len(np.unique(quantizer.nearest(latents)))
-
-
-def test_codes_keep_up_with_the_first_steps():
-    assert codes_that_keep_up(first_step=0) == 7
-
-
-def test_control_the_long_average_leaves_codes_behind():
-    assert codes_that_keep_up(first_step=1000) < 7
 
 
 @pytest.mark.parametrize("ema_decay", [None, 0.99])
