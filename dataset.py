@@ -77,6 +77,11 @@ def load_model(path, remedy, **options):
         raise UserError(f"{path} is broken ({type(error).__name__}): {remedy}") from None
 
 
+def progress_bar(total, unit):
+    """Moves on a terminal; a single line in a log."""
+    return keras.utils.Progbar(total, unit_name=unit, verbose=1 if sys.stdout.isatty() else 2)
+
+
 @dataclasses.dataclass
 class Split:
     """The slices of one split, ordered by case and slice number."""
@@ -152,7 +157,7 @@ def read_images(paths, label):
     decoded = tf.data.Dataset.from_tensor_slices([os.fsencode(path) for path in paths])
     decoded = decoded.map(decode, num_parallel_calls=tf.data.AUTOTUNE).batch(256).prefetch(2)
     print(f"{label}: reading {len(paths)} slices")
-    progress = keras.utils.Progbar(len(paths), unit_name="slice")
+    progress = progress_bar(len(paths), "slice")
     done = 0
     try:
         for batch in decoded.as_numpy_iterator():
@@ -384,7 +389,7 @@ def write_phantom(folder, train=24, validate=4, test=4, seed=0):
     shutil.rmtree(partial, ignore_errors=True)
     cases = {"train": range(1, 1 + train), "validate": range(402, 402 + validate), "test": range(441, 441 + test)}
     print(f"drawing {train + validate + test} head phantoms into {folder}")
-    progress = keras.utils.Progbar(train + validate + test, unit_name="subject")
+    progress = progress_bar(train + validate + test, "subject")
     with told_if_it_fails(folder):
         for split in SPLITS:
             split_folder = partial / f"keras_png_slices_{split}"

@@ -16,7 +16,6 @@ import time
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # read when TensorFlow is imported
 
-import keras
 import matplotlib
 import numpy as np
 import scipy.linalg
@@ -87,7 +86,7 @@ def nearest_training_slices(images, train, label):
     distances = np.square(train_flat).sum(axis=1) - 2 * flat @ train_flat.T
     candidates = np.argsort(distances, axis=1)[:, :NEIGHBOURS]
     print(f"comparing {len(images)} {label} with the training slices")
-    progress = keras.utils.Progbar(len(images), unit_name="slice")
+    progress = dataset.progress_bar(len(images), "slice")
     indices, similarities = np.empty(len(images), int), np.empty(len(images))
     for i, image in enumerate(images):
         found = ssim([image] * len(candidates[i]), train[candidates[i]])

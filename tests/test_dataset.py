@@ -239,6 +239,7 @@ def test_loading_prints_what_it_found(data, capsys):
     printed = capsys.readouterr().out
     assert "train: 4 slices of 2 subjects, 64x64, uint8" in printed
     assert "validate: 2 slices of 1 subjects" in printed and "test: 2 slices of 1 subjects" in printed
+    assert printed.replace("\n", "").isprintable()  # no moving bar in a log
 
 
 def test_the_fingerprint_tells_data_sets_apart(data):
