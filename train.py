@@ -86,9 +86,10 @@ ORIGINAL = {
     "cosine_decay": False,
     "mirror": False,
 }
-# A few hundred phantoms, and a demo that ends in minutes: smaller batches for more steps, and little dropout, for there
-# is no time to overfit.
+# A few hundred phantoms, and a demo that ends in minutes: smaller batches for more steps, a codebook that opens in a
+# few of them, and little dropout, for there is no time to overfit.
 DEMO = {
+    "ema_decay": 0.9,
     "vqvae_batch_size": 32,
     "vqvae_epochs": 12,
     "pixelcnn_batch_size": 32,
