@@ -21,15 +21,35 @@ import json
 import os
 import pathlib
 import re
+import shlex
 import shutil
 import sys
 import warnings
 import zipfile
+import zlib
 
-import keras
 import numpy as np
-import tensorflow as tf
 from scipy import ndimage
+
+
+@contextlib.contextmanager
+def quiet_start():
+    """Keep a dozen lines that TensorFlow writes past sys.stderr, whatever its log level, off the screen."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+with quiet_start():
+    import keras
+    import tensorflow as tf
 
 SPLITS = ("train", "validate", "test")
 IMAGE_SIZE = 64  # pixels a side, after resizing
@@ -66,20 +86,47 @@ def write_json(path, content):
     write_whole(path, lambda temporary: temporary.write_text(json.dumps(content, indent=2, default=float) + "\n"))
 
 
+def read_config(run):
+    """config.json of a run, as a dictionary; None where there is no run yet."""
+    path = run / "config.json"
+    if not path.exists():
+        return None
+    try:
+        config = json.loads(path.read_text())
+        complete = {"folder", "phantom"} <= config["data"].keys() and "mirror" in config["settings"]
+        if complete and all(isinstance(config[part], dict) for part in ("settings", "data", "versions", "finished")):
+            return config
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass
+    raise UserError(f"{path} is broken: choose another --run, or delete {shlex.quote(str(run))}")
+
+
+def file_checksum(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def load_model(path, remedy, **options):
     """The model in a .keras file; where the file is cut off or damaged, the user is told the remedy."""
     try:
         with zipfile.ZipFile(path) as archive:  # Keras loads damaged weights without a word
             if damaged := archive.testzip():
                 raise zipfile.BadZipFile(f"checksum of {damaged}")
-        return keras.saving.load_model(path, **options)
-    except Exception as error:  # a damaged file makes zipfile, h5py and Keras raise almost anything
+    except (OSError, EOFError, ValueError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path} is broken ({type(error).__name__}): {remedy}") from None
+    try:
+        return keras.saving.load_model(path, **options)
+    except (TypeError, ValueError) as error:  # of an older version of these scripts, say
+        cause = str(error).strip().splitlines()[0]
+        raise UserError(f"{path} is whole, but this version cannot open it ({cause}): {remedy}") from error
+
+
+def progress_verbosity():
+    """Of Keras's bars: they move on a terminal, and are a single line in a log."""
+    return 1 if sys.stdout.isatty() else 2
 
 
 def progress_bar(total, unit):
-    """Moves on a terminal; a single line in a log."""
-    return keras.utils.Progbar(total, unit_name=unit, verbose=1 if sys.stdout.isatty() else 2)
+    return keras.utils.Progbar(total, unit_name=unit, verbose=progress_verbosity())
 
 
 @dataclasses.dataclass
@@ -89,6 +136,13 @@ class Split:
     images: np.ndarray  # uint8 [0, 255], (N, 64, 64)
     names: list[str]  # file names
     subjects: list[str] | None  # "case_001", one a slice; None where the names do not tell
+    labels: np.ndarray | None  # slice numbers, int32 (N,); None where the names do not tell
+
+
+def known_labels(split, num_labels):
+    """Slice numbers below `num_labels`, -1 for others and where the names do not tell: int32 (N,)."""
+    labels = np.full(len(split.images), -1, np.int32) if split.labels is None else split.labels
+    return np.where(labels < num_labels, labels, -1)
 
 
 def to_float(images):
@@ -119,7 +173,7 @@ def find_data(folder):
 
 def parse_name(name):
     """Case and slice number: case_001_slice_2.nii.png -> (1, 2); None for a name of another form."""
-    match = re.match(r"case_(\d+)_slice_(\d+)\.", name)
+    match = re.match(r"case_(\d+)_slice_(\d{1,4})\.", name)
     return match and (int(match[1]), int(match[2]))
 
 
@@ -175,8 +229,11 @@ def load_split(folder, label):
     """Every slice of one split folder, as a `Split`."""
     paths = list_slices(folder)
     parsed = [parse_name(path.name) for path in paths]
-    subjects = None if None in parsed else [f"case_{case:03d}" for case, _ in parsed]
-    return Split(read_images(paths, label), [path.name for path in paths], subjects)
+    subjects = labels = None
+    if None not in parsed:
+        subjects = [f"case_{case:03d}" for case, _ in parsed]
+        labels = np.array([index for _, index in parsed], np.int32)
+    return Split(read_images(paths, label), [path.name for path in paths], subjects, labels)
 
 
 def load(folder, splits=SPLITS):
@@ -239,6 +296,7 @@ def hold_out(train):
             train.images[indices],
             [train.names[i] for i in indices],
             train.subjects and [train.subjects[i] for i in indices],
+            None if train.labels is None else train.labels[indices],
         )
 
     return part(~held_out), part(held_out)
@@ -261,23 +319,53 @@ def fingerprint(loaded):
 # --------------------------------------------------------------------------------------
 
 
-def with_mirrored(images):
-    """The variants "as is" and "mirrored": (N, H, W) -> (N, 2, H, W). Up-down is left-right of the head."""
-    return np.stack([images, images[:, ::-1]], axis=1)
+def mirrored(images):
+    """(N, H, W) -> the same, mirrored. Up-down is left-right of the head."""
+    return images[:, ::-1]
+
+
+# What `augment` changes at most: pixels down and across, degrees, growth, and ln gamma.
+CHANGE_LIMITS = np.array([2, 2, 4, 0.04, 0.12])
+
+
+def augment(images, seed):
+    """A changed copy of each slice: shifted, turned, scaled (cubic splines), lighter or darker; and the changes.
+
+    Args:
+        images: uint8 (N, H, W).
+        seed: int, or several.
+
+    Returns: uint8 (N, H, W); float32 (N, 6): five uniform numbers from -1 to 1, the share of each of
+        CHANGE_LIMITS that was applied, and a 1, where a slice as it is has six zeros.
+    """
+    rng = np.random.default_rng(seed)
+    shares = rng.uniform(-1, 1, (len(images), len(CHANGE_LIMITS)))
+    changed = np.empty_like(images)
+    centre = (np.array(images.shape[1:]) - 1) / 2
+    progress = progress_bar(len(images), "slice")
+    for i, image in enumerate(images):
+        *shift, turn, growth, gamma = shares[i] * CHANGE_LIMITS
+        cos, sin = np.cos(np.radians(turn)), np.sin(np.radians(turn))
+        matrix = np.array([[cos, -sin], [sin, cos]]) / (1 + growth)  # from the new picture to the old
+        offset = centre - matrix @ (centre + shift)
+        moved = ndimage.affine_transform(image / np.float32(255), matrix, offset, order=3).clip(0, 1)
+        changed[i] = np.rint(255 * moved ** np.exp(gamma))
+        progress.update(i + 1)
+    return changed, np.pad(shares, [[0, 0], [0, 1]], constant_values=1).astype(np.float32)
 
 
 def shuffled_batches(variants, batch_size, seed, epochs):
-    """Batches of the same dtype, (batch_size, ...), that depend on nothing but `seed` and the epoch.
+    """Batches of the same structure and dtypes, (batch_size, ...), that depend on nothing but `seed` and the epoch.
 
     Args:
-        variants: (N, V, ...), V variants of each of N examples. An epoch visits every example once,
-            in a new order, as one of its variants at random.
+        variants: (N, V, ...), V variants of each of N examples, or several such arrays that belong
+            together. An epoch visits every example once, in a new order, as one of its variants at random.
         batch_size: at most N. The last N % batch_size examples of an epoch's order wait for the next.
         seed: int.
         epochs: range of epoch numbers.
     """
-    examples, choices = variants.shape[:2]
-    variants = tf.constant(variants)
+    variants = tf.nest.map_structure(tf.constant, variants)
+    examples, choices = tf.nest.flatten(variants)[0].shape[:2]
 
     def one_epoch(epoch):
         order = tf.random.experimental.stateless_shuffle(tf.range(examples), seed=(seed, 2 * epoch))
@@ -285,14 +373,17 @@ def shuffled_batches(variants, batch_size, seed, epochs):
         indices = tf.data.Dataset.from_tensor_slices(tf.stack([order, choice], axis=1))
         return indices.batch(batch_size, drop_remainder=True)
 
+    def gather(index):
+        return tf.nest.map_structure(lambda array: tf.gather_nd(array, index), variants)
+
     batches = tf.data.Dataset.range(epochs.start, epochs.stop).flat_map(one_epoch)
-    return batches.map(lambda index: tf.gather_nd(variants, index)).prefetch(tf.data.AUTOTUNE)
+    return batches.map(gather).prefetch(tf.data.AUTOTUNE)
 
 
-def in_batches(function, array, batch_size=256):
-    """function(array), a batch at a time, so that the memory it takes does not grow with N: (N, ...) -> (N, ...)."""
-    parts = range(0, len(array), batch_size)
-    return np.concatenate([function(tf.constant(array[start : start + batch_size])) for start in parts])
+def in_batches(function, *arrays, batch_size=256):
+    """function(*arrays), a batch at a time, so that the memory it takes does not grow with N: (N, ...) -> (N, ...)."""
+    parts = [slice(start, start + batch_size) for start in range(0, len(arrays[0]), batch_size)]
+    return np.concatenate([function(*(tf.constant(array[part]) for array in arrays)) for part in parts])
 
 
 # --------------------------------------------------------------------------------------

@@ -6,6 +6,8 @@ References, cited below as [n]:
 [3] van den Oord et al.: Conditional Image Generation with PixelCNN Decoders, arXiv 1606.05328
 [4] Paul: Vector-Quantized Variational Autoencoders, keras.io/examples/generative/vq_vae
 [5] Ramachandran et al.: Fast Generation for Convolutional Autoregressive Models, arXiv 1704.06001
+[6] Jun et al.: Distribution Augmentation for Generative Modeling, ICML 2020
+[7] Naval Marimont, Tarroni: Anomaly Detection through Latent Space Restoration using VQ-VAEs, arXiv 2012.06765
 
 Shapes: B images of H x W pixels, a latent grid of h x w positions, D numbers a latent vector,
 K codes. An image is float32 in [0, 1], (B, H, W, 1); its codes are int32 in [0, K), (B, h, w).
@@ -21,12 +23,48 @@ import tensorflow as tf
 import tensorflow_probability as tfp
 from keras import layers
 
+
+def set_up_devices():
+    """Prepare what TensorFlow runs on; returns a line that says what that is. Call it before anything else.
+
+    On a GPU, memory is taken as it is needed, so that two processes can share a card, and products stay
+    in float32 (no TF32): nearest codes and likelihoods are to be those of a CPU.
+    """
+    gpus = tf.config.list_physical_devices("GPU")
+    for gpu in gpus:
+        tf.config.experimental.set_memory_growth(gpu, True)
+    tf.config.experimental.enable_tensor_float_32_execution(False)
+    names = [tf.config.experimental.get_device_details(gpu).get("device_name", gpu.name) for gpu in gpus]
+    return (
+        f"running on {len(gpus)} GPU(s): {', '.join(names)}" if gpus else "running on the CPU: TensorFlow sees no GPU"
+    )
+
+
+def choose_strategy():
+    """Every GPU of the machine; where there is one or none, TensorFlow chooses the device by itself."""
+    several = len(tf.config.list_physical_devices("GPU")) > 1
+    return tf.distribute.MirroredStrategy() if several else tf.distribute.get_strategy()
+
+
+def use_xla():
+    """Whether training steps are compiled by XLA: on exactly one GPU, as Keras does by default.
+
+    On a CPU compiled steps take twice the time, and a MirroredStrategy does without.
+    """
+    return len(tf.config.list_physical_devices("GPU")) == 1
+
+
 register = keras.saving.register_keras_serializable(package="oasis")
 
 
 # --------------------------------------------------------------------------------------
 # VQ-VAE
 # --------------------------------------------------------------------------------------
+
+
+def histogram(codes, num_embeddings):
+    """How often each code occurs: int32 (N,) -> float32 (K,). XLA compiles this, and not tf.math.bincount."""
+    return tf.math.unsorted_segment_sum(tf.ones(tf.shape(codes)), codes, num_embeddings)
 
 
 @register
@@ -42,8 +80,7 @@ class CodebookUsage(keras.metrics.Metric):
         self.counts = self.add_variable((num_embeddings,), "zeros", aggregation="sum", name="counts")
 
     def update_state(self, codes, sample_weight=None):
-        counts = tf.math.bincount(tf.reshape(codes, (-1,)), minlength=self.num_embeddings, dtype=tf.float32)
-        self.counts.assign_add(counts)
+        self.counts.assign_add(histogram(tf.reshape(codes, (-1,)), self.num_embeddings))
 
     def result(self):
         counts = tf.convert_to_tensor(self.counts)
@@ -57,6 +94,17 @@ class CodebookUsage(keras.metrics.Metric):
         return {**super().get_config(), "num_embeddings": self.num_embeddings}
 
 
+def uniform(shape, seed):
+    """Random numbers from 0 to 1, by way of integers: of the same bits XLA makes other floats than TensorFlow does."""
+    bits = tf.random.stateless_uniform(shape, seed, None, None, tf.int32, alg="philox")
+    return tf.cast(bits, tf.float32) / 2**32 + 0.5
+
+
+def mean_square(x):
+    """Mean of the squares; 0 of no numbers, which is what a replica without a slice has."""
+    return tf.math.divide_no_nan(tf.reduce_sum(tf.square(x)), tf.cast(tf.size(x), tf.float32))
+
+
 @register
 class VectorQuantizer(layers.Layer):
     """Replaces each latent vector by the nearest vector of a learned codebook [1, section 3.1].
@@ -65,7 +113,7 @@ class VectorQuantizer(layers.Layer):
     term where the codebook is trained by gradient. With `ema_decay` the codebook instead follows
     the moving average of the latents that chose it [1, appendix A.1], and a code that is hardly
     chosen restarts at a latent vector of the current batch: so the codebook starts from data, and
-    codes that die come back. Call `move_codebook` after each training step for that.
+    codes that die come back.
 
     Args:
         num_embeddings: K, the number of codes.
@@ -81,8 +129,7 @@ class VectorQuantizer(layers.Layer):
     REBORN_WITH = 0.2
 
     def __init__(self, num_embeddings, embedding_dim, commitment_cost=1.0, ema_decay=0.99, **kwargs):
-        # Distances and averages stay in float32 under a mixed precision policy.
-        super().__init__(**{**kwargs, "dtype": "float32"})
+        super().__init__(**kwargs)
         self.num_embeddings = num_embeddings
         self.embedding_dim = embedding_dim
         self.commitment_cost = commitment_cost
@@ -109,23 +156,26 @@ class VectorQuantizer(layers.Layer):
             self.ema_sums = self.add_weight(name="ema_sums", shape=shape, **state)
             self.ema_steps = self.add_weight(name="ema_steps", shape=(), dtype="int32", **state)
 
-    def call(self, latents):
+    def call(self, latents, training=False):
         codes = self.nearest(latents)
         quantized = self.lookup(codes)
         self.usage.update_state(codes)
 
         # The losses are taken before the straight-through line: after it no gradient is left for them.
-        codebook_loss = tf.reduce_mean(tf.square(tf.stop_gradient(latents) - quantized))
-        commitment_loss = tf.reduce_mean(tf.square(latents - tf.stop_gradient(quantized)))
-        self.add_loss(self.commitment_cost * commitment_loss)
+        codebook_loss = mean_square(tf.stop_gradient(latents) - quantized)
+        loss = self.commitment_cost * mean_square(latents - tf.stop_gradient(quantized))
         if self.ema_decay is None:
-            self.add_loss(codebook_loss)
+            loss += codebook_loss
+        elif training:
+            self.move_codebook(tf.stop_gradient(latents))
+        # Added last: the replicas of a MirroredStrategy, which have one list of losses, take turns in `move_codebook`.
+        self.add_loss(loss)
 
         return latents + tf.stop_gradient(quantized - latents)
 
     def nearest(self, latents):
         """Index of the nearest codebook vector by L2: (..., D) -> int32 (...)."""
-        flat = tf.reshape(tf.cast(latents, tf.float32), (-1, self.embedding_dim))
+        flat = tf.reshape(latents, (-1, self.embedding_dim))
         codebook = tf.convert_to_tensor(self.codebook)
         # |z - e|^2 without |z|^2, which is the same for every code: (N, K).
         distances = tf.reduce_sum(tf.square(codebook), axis=1) - 2 * tf.matmul(flat, codebook, transpose_b=True)
@@ -145,22 +195,35 @@ class VectorQuantizer(layers.Layer):
         def average(old, new):
             return self.ema_decay * old + (1 - self.ema_decay) * new
 
-        chosen = tf.math.unsorted_segment_sum(tf.ones_like(latents[:, 0]), codes, self.num_embeddings)
-        counts = average(self.ema_counts, chosen)
+        counts = average(self.ema_counts, histogram(codes, self.num_embeddings))
         sums = average(self.ema_sums, tf.math.unsorted_segment_sum(latents, codes, self.num_embeddings))
 
         even_share = tf.cast(tf.size(codes), tf.float32) / self.num_embeddings
         dead = counts < self.DEAD_BELOW * even_share
-        # Stateless, so that a resumed training draws what the uninterrupted one would have drawn.
-        seed = tf.stack([0, tf.convert_to_tensor(self.ema_steps)])
-        picks = tf.random.stateless_uniform((self.num_embeddings,), seed, maxval=tf.size(codes), dtype=tf.int32)
         counts = tf.where(dead, self.REBORN_WITH * even_share, counts)
-        sums = tf.where(dead[:, None], counts[:, None] * tf.gather(latents, picks), sums)
+        sums = tf.where(dead[:, None], counts[:, None] * self.draw_distinct(latents), sums)
 
         self.ema_counts.assign(counts)
         self.ema_sums.assign(sums)
         self.codebook.assign(sums / counts[:, None])
         self.ema_steps.assign(self.ema_steps + 1)
+
+    def draw_distinct(self, latents):
+        """K of the latents at random, no two alike if there are as many: (N, D) -> (K, D).
+
+        Most of a batch is background, and all of its latents are the same one.
+        """
+        # Stateless, so that a resumed training draws what the uninterrupted one would have drawn.
+        seed = tf.stack([0, tf.convert_to_tensor(self.ema_steps)])
+        # Sorted along a random direction, equal latents are neighbours; the first of each kind takes part.
+        along = tf.reduce_sum(latents * (uniform((self.embedding_dim,), seed) - 0.5), axis=1)
+        order = tf.argsort(along)
+        along = tf.gather(along, order)
+        is_first = tf.concat([[True], along[1:] != along[:-1]], axis=0)
+        lots = uniform(tf.shape(along), seed) - tf.where(is_first, 0.0, 1.0)
+        lots = tf.pad(lots, [[0, tf.maximum(self.num_embeddings - tf.size(lots), 0)]], constant_values=-2.0)
+        picks = tf.math.top_k(lots, self.num_embeddings).indices % tf.size(order)
+        return tf.gather(latents, tf.gather(order, picks))
 
     def get_config(self):
         return {
@@ -207,8 +270,69 @@ def build_decoder(image_size, embedding_dim, filters, kernel_size, residual_bloc
     )
 
 
+def of_none_too(network, x):
+    """network(x), and of no slices none: TensorFlow's fused convolutions for the CPU fail on them."""
+    slices = tf.shape(x)[0]
+    padded = tf.pad(x, [[0, tf.cast(slices == 0, tf.int32)], [0, 0], [0, 0], [0, 0]])
+    return network(padded)[:slices]
+
+
+def negative_log_likelihood(logits, codes):
+    """-ln p of codes: (..., K), int32 (...) -> float32 (...), nats."""
+    return -tfp.distributions.Categorical(logits=logits).log_prob(codes)
+
+
+class MeanOverSlices(keras.Model):
+    """A model whose loss is the mean of `terms(inputs)["loss"]` over slices, however they are batched.
+
+    A small last batch counts by its slices, and a batch may be divided unevenly, even to nothing,
+    among the replicas of a MirroredStrategy. `fit` takes what `call` takes.
+    """
+
+    def __init__(self, term_names, **kwargs):
+        super().__init__(**kwargs)
+        self.means = {name: keras.metrics.Mean(name=name) for name in term_names}
+
+    def terms(self, inputs, training):
+        """The loss of each slice, and the terms that are logged with it: {name: float32 (B,)}."""
+        raise NotImplementedError
+
+    def _maybe_symbolic_build(self, **first_batch):
+        """Keras would average the first batch over the replicas, which fails where it is divided unevenly.
+
+        It does so to learn the shapes that a model is built with; here only the optimizer is left to build.
+        """
+        if self.optimizer is not None and not self.optimizer.built:
+            with self.distribute_strategy.scope():
+                self.optimizer.build(self.trainable_variables)
+
+    def update_means(self, terms):
+        for name, values in terms.items():
+            self.means[name].update_state(values)
+
+    def train_step(self, data):
+        inputs = keras.utils.unpack_x_y_sample_weight(data)[0]
+        with tf.GradientTape() as tape:
+            terms = self.terms(inputs, training=True)
+            # The optimizer sums the gradients of the replicas, so each divides by the slices of all.
+            slices = tf.cast(tf.size(terms["loss"]), tf.float32)
+            slices = tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, slices)
+            loss = tf.reduce_sum(terms["loss"]) / slices
+        self.optimizer.apply(tape.gradient(loss, self.trainable_weights), self.trainable_weights)
+        self.update_means(terms)
+        return self.get_metrics_result()
+
+    def test_step(self, data):
+        self.update_means(self.terms(keras.utils.unpack_x_y_sample_weight(data)[0], training=False))
+        return self.get_metrics_result()
+
+    @property
+    def metrics(self):
+        return list(self.means.values())
+
+
 @register
-class VQVAE(keras.Model):
+class VQVAE(MeanOverSlices):
     """Encoder, vector quantizer, decoder [1], fitted on images alone: `fit(images)`.
 
     loss = MSE / data_variance + ssim_weight * (1 - SSIM) + the losses of the quantizer.
@@ -222,7 +346,7 @@ class VQVAE(keras.Model):
         filters: width of each stride-2 convolution of the encoder, outermost first. The latent
             grid has H / 2**len(filters) rows and columns.
         kernel_size: of the strided convolutions.
-        residual_blocks: in the encoder, and again in the decoder.
+        encoder_blocks, decoder_blocks: residual blocks of each.
         ssim_weight: of the term 1 - SSIM (Wang et al. 2004, 11x11 Gaussian window); 0 leaves it out.
         data_variance: variance of the training pixels, the unit of the squared error, as in [4].
     """
@@ -236,12 +360,14 @@ class VQVAE(keras.Model):
         image_size=64,
         filters=(32, 64),
         kernel_size=4,
-        residual_blocks=2,
-        ssim_weight=1.0,
+        encoder_blocks=0,
+        decoder_blocks=3,
+        ssim_weight=2.0,
         data_variance=1.0,
         **kwargs,
     ):
-        super().__init__(**kwargs)
+        names = ["loss", "reconstruction_loss", "quantizer_loss"] + ["ssim_loss"] * bool(ssim_weight)
+        super().__init__(names, **kwargs)
         if image_size % 2 ** len(filters):
             raise ValueError(f"image_size {image_size} cannot be halved {len(filters)} times, once for each of filters")
         self.config = {
@@ -252,17 +378,16 @@ class VQVAE(keras.Model):
             "image_size": image_size,
             "filters": list(filters),
             "kernel_size": kernel_size,
-            "residual_blocks": residual_blocks,
+            "encoder_blocks": encoder_blocks,
+            "decoder_blocks": decoder_blocks,
             "ssim_weight": ssim_weight,
             "data_variance": float(data_variance),
         }
         self.ssim_weight = ssim_weight
         self.data_variance = data_variance
-        self.encoder = build_encoder(image_size, embedding_dim, filters, kernel_size, residual_blocks)
+        self.encoder = build_encoder(image_size, embedding_dim, filters, kernel_size, encoder_blocks)
         self.quantizer = VectorQuantizer(num_embeddings, embedding_dim, commitment_cost, ema_decay)
-        self.decoder = build_decoder(image_size, embedding_dim, filters, kernel_size, residual_blocks)
-        names = ["loss", "reconstruction_loss", "quantizer_loss"] + ["ssim_loss"] * bool(ssim_weight)
-        self.loss_trackers = {name: keras.metrics.Mean(name=name) for name in names}
+        self.decoder = build_decoder(image_size, embedding_dim, filters, kernel_size, decoder_blocks)
         self.build(self.encoder.input_shape)
 
     def build(self, images_shape):
@@ -270,42 +395,24 @@ class VQVAE(keras.Model):
             self.quantizer.build(self.decoder.input_shape)
         self.built = True
 
-    def call(self, images):
-        return self.decoder(self.quantizer(self.encoder(images)))
+    def call(self, images, training=False):
+        quantized = self.quantizer(of_none_too(self.encoder, images), training=training)
+        return of_none_too(self.decoder, quantized)
 
-    def losses_of(self, images):
-        """The loss, its terms noted for the logs, and the latents (B, h, w, D)."""
-        latents = self.encoder(images)
-        quantized = self.quantizer(latents)
-        terms = {"quantizer_loss": tf.add_n(self.quantizer.losses)}
-        reconstructed = self.decoder(quantized)
-        terms["reconstruction_loss"] = tf.reduce_mean(tf.square(images - reconstructed)) / self.data_variance
+    def terms(self, images, training=False):
+        reconstructed = self(images, training=training)
+        squares = tf.reduce_mean(tf.square(images - reconstructed), axis=(1, 2, 3))
+        terms = {
+            "quantizer_loss": tf.fill(tf.shape(squares), self.quantizer.losses[-1]),  # of this replica
+            "reconstruction_loss": squares / self.data_variance,
+        }
         if self.ssim_weight:
-            similarity = tf.reduce_mean(tf.image.ssim(images, reconstructed, max_val=1.0))
-            terms["ssim_loss"] = self.ssim_weight * (1 - similarity)
-        terms["loss"] = tf.add_n(list(terms.values()))
-        for name, value in terms.items():
-            self.loss_trackers[name].update_state(value)
-        return terms["loss"], latents
-
-    def train_step(self, data):
-        images = keras.utils.unpack_x_y_sample_weight(data)[0]
-        with tf.GradientTape() as tape:
-            loss, latents = self.losses_of(images)
-            # The gradients of the replicas of a MirroredStrategy are summed.
-            loss /= tf.distribute.get_strategy().num_replicas_in_sync
-        self.optimizer.apply(tape.gradient(loss, self.trainable_weights), self.trainable_weights)
-        if self.quantizer.ema_decay is not None:
-            self.quantizer.move_codebook(latents)
-        return self.get_metrics_result()
-
-    def test_step(self, data):
-        self.losses_of(keras.utils.unpack_x_y_sample_weight(data)[0])
-        return self.get_metrics_result()
+            terms["ssim_loss"] = self.ssim_weight * (1 - tf.image.ssim(images, reconstructed, max_val=1.0))
+        return {**terms, "loss": tf.add_n(list(terms.values()))}
 
     @property
     def metrics(self):
-        return [*self.loss_trackers.values(), self.quantizer.usage]
+        return [*super().metrics, self.quantizer.usage]
 
     @tf.function(reduce_retracing=True)
     def encode(self, images):
@@ -375,7 +482,7 @@ class MaskedConv2D(layers.Layer):
     def call(self, inputs):
         r, k = self.radius, self.kernel_size
         taps, channels, filters = self.kernel.shape
-        hidden = tf.zeros(((r + 1) * k - taps, channels, filters), self.compute_dtype)
+        hidden = tf.zeros(((r + 1) * k - taps, channels, filters))
         kernel = tf.reshape(tf.concat([self.kernel, hidden], axis=0), (r + 1, k, channels, filters))
         # Padded by hand: a fifth faster on a CPU than the `padding` argument of conv2d.
         padded = tf.pad(inputs, [[0, 0], [r, 0], [r, r], [0, 0]])
@@ -455,24 +562,54 @@ class MaskedCodeConv2D(layers.Layer):
 
 
 @register
+class SeedGenerator(keras.random.SeedGenerator):
+    """Keras's draws the same for every replica of a MirroredStrategy; here each has its own numbers."""
+
+    def next(self, ordered=True):
+        replica = tf.distribute.get_replica_context().replica_id_in_sync_group
+        seed = tf.cast(super().next(ordered), tf.int32)
+        return seed + tf.stack([100_003 * replica, 0])
+
+
+@register
+class Dropout(layers.Layer):
+    """Zeroes a share of `rate` of its input in training, and scales up the rest."""
+
+    def __init__(self, rate, **kwargs):
+        super().__init__(**kwargs)
+        self.rate = rate
+        self.seeds = SeedGenerator()
+
+    def call(self, x, training=False):
+        if not training or not self.rate:
+            return x
+        return tf.where(uniform(tf.shape(x), self.seeds.next()) < self.rate, 0.0, x / (1 - self.rate))
+
+    def get_config(self):
+        return {**super().get_config(), "rate": self.rate}
+
+
+@register
 class ResidualBlock(layers.Layer):
     """x + Conv1x1(ReLU(MaskedConv3x3(ReLU(Conv1x1(ReLU(x)))))) [2, figure 5].
 
     Args:
         filters: channels of x; the masked convolution has half of them.
         dropout: rate of the dropout before the last 1x1 convolution.
+        zero_init: start as x alone, so that a deep stack bears a large learning rate.
 
     Shapes: (B, h, w, filters) -> the same.
     """
 
-    def __init__(self, filters, dropout=0.0, **kwargs):
+    def __init__(self, filters, dropout=0.0, zero_init=True, **kwargs):
         super().__init__(**kwargs)
         self.filters = filters
         self.dropout = dropout
+        self.zero_init = zero_init
         self.narrow = layers.Dense(filters // 2)  # on (B, h, w, C), Dense is the 1x1 convolution
         self.masked = MaskedConv2D(filters // 2, 3, "B")
-        self.widen = layers.Dense(filters)
-        self.drop = layers.Dropout(dropout)
+        self.widen = layers.Dense(filters, kernel_initializer="zeros" if zero_init else "glorot_uniform")
+        self.drop = Dropout(dropout)
 
     def build(self, input_shape):
         half = (*input_shape[:-1], self.filters // 2)
@@ -495,7 +632,8 @@ class ResidualBlock(layers.Layer):
         return x + self.widen(tf.nn.relu(hidden)), current
 
     def get_config(self):
-        return {**super().get_config(), "filters": self.filters, "dropout": self.dropout}
+        config = {"filters": self.filters, "dropout": self.dropout, "zero_init": self.zero_init}
+        return {**super().get_config(), **config}
 
 
 @register
@@ -520,7 +658,7 @@ class GlobalContext(layers.Layer):
         self.filters = filters
         self.dropout = dropout
         self.narrow = layers.Dense(filters, activation="relu")
-        self.drop = layers.Dropout(dropout)
+        self.drop = Dropout(dropout)
 
     def build(self, input_shape):
         height, width, channels = input_shape[1:]
@@ -583,14 +721,19 @@ class GlobalContext(layers.Layer):
 
 
 CONTEXT_EVERY = 5  # residual blocks
+LABEL_RANK = 8  # numbers that stand for a label
+LABELS_HIDDEN = 0.1  # share of the training examples whose label is not told, so that it need not be known
 
 
 @register
-class PixelCNN(keras.Model):
-    """Autoregressive prior over a grid of codes: p(codes) = prod p(code | earlier codes) [2, equation 1].
+class PixelCNN(MeanOverSlices):
+    """Autoregressive prior over a grid of codes: p(codes | label) = prod p(code | earlier, label) [2, equation 1].
 
     A masked 7x7 convolution of type A, a learned vector for each grid position (the slices are
     registered, so a position has a meaning), residual blocks, two ReLU-1x1 layers, and K logits.
+    A label adds a map of vectors of its own, as the location dependent conditioning of [3, section 2.3].
+
+    `fit` takes batches of the call arguments, and gives the mean negative log-likelihood of a code in nats.
 
     Args:
         num_embeddings: K.
@@ -600,8 +743,13 @@ class PixelCNN(keras.Model):
         dropout: rate in every residual block and context.
         learned_position: adds the position vectors.
         context_filters: channels of a `GlobalContext` before every fifth residual block; 0 for none.
+        zero_init: of the residual blocks.
+        num_labels: number of labels; 0 for a prior without.
+        num_changes: how many numbers tell of an augmentation [6]; 0 for a prior without.
 
-    Call arguments: codes, int32 (B, h, w) in [0, K).
+    Call arguments: codes, int32 (B, h, w) in [0, K), or a tuple of codes and
+        labels: int32 (B,) in [0, num_labels), -1 where it is not known (without labels: in none),
+        changes: float32 (B, num_changes), zeros for a slice as it is (without changes: for all).
     Returns: logits, float32 (B, h, w, K); those at a position depend on earlier codes alone.
     """
 
@@ -614,24 +762,31 @@ class PixelCNN(keras.Model):
         dropout=0.0,
         learned_position=True,
         context_filters=0,
+        zero_init=True,
+        num_labels=0,
+        num_changes=0,
         **kwargs,
     ):
-        super().__init__(**kwargs)
+        super().__init__(["loss"], **kwargs)
         self.num_embeddings = num_embeddings
         self.grid = tuple(grid)
         self.filters = filters
         self.dropout = dropout
         self.learned_position = learned_position
+        self.zero_init = zero_init
+        self.num_labels = num_labels
+        self.num_changes = num_changes
         self.first = MaskedCodeConv2D(num_embeddings, filters, 7)
-        self.blocks = [ResidualBlock(filters, dropout) for _ in range(residual_blocks)]
+        self.blocks = [ResidualBlock(filters, dropout, zero_init) for _ in range(residual_blocks)]
         self.context_filters = context_filters
         contexts = len(self.blocks[::CONTEXT_EVERY]) if context_filters else 0
         self.contexts = [GlobalContext(context_filters, dropout) for _ in range(contexts)]
         self.head = [
             layers.Dense(filters, activation="relu"),
             layers.Dense(filters, activation="relu"),
-            layers.Dense(num_embeddings, dtype="float32"),
+            layers.Dense(num_embeddings),
         ]
+        self.seeds = SeedGenerator()
         self.build((None, *self.grid))
 
     def build(self, codes_shape):
@@ -641,30 +796,69 @@ class PixelCNN(keras.Model):
         self.first.build(codes_shape)
         if self.learned_position:
             self.position = self.add_weight(name="position", shape=features[1:], initializer="zeros")
+        if self.num_labels:
+            vectors, maps = (self.num_labels, LABEL_RANK), (LABEL_RANK, *features[1:])
+            self.label_vectors = self.add_weight(name="label_vectors", shape=vectors, initializer="random_normal")
+            self.label_maps = self.add_weight(name="label_maps", shape=maps, initializer="random_normal")
+        if self.num_changes:
+            shape = (self.num_changes, self.filters)
+            self.change_vectors = self.add_weight(name="change_vectors", shape=shape, initializer="zeros")
         for layer in self.blocks + self.contexts:
             layer.build(features)
         for layer in self.head:
             layer.build(features)
         self.built = True
 
-    def call(self, codes, training=False):
-        x = self.first(codes)
+    def call(self, inputs, training=False):
+        codes, labels, changes = self.unpack(inputs)
+        x = self.first(codes)  # (B, h, w, C)
         if self.learned_position:
             x = x + self.position
+        if self.num_labels:
+            x = x + self.label_map(labels, self.label_maps)
+        if self.num_changes:
+            x = x + tf.matmul(changes, self.change_vectors)[:, None, None]
         for i, block in enumerate(self.blocks):
             if self.contexts and i % CONTEXT_EVERY == 0:
                 x = self.contexts[i // CONTEXT_EVERY](x, training=training)
             x = block(x, training=training)
         return self.logits(x)
 
+    def unpack(self, inputs):
+        """Call arguments -> codes, labels, changes."""
+        codes, *rest = inputs if isinstance(inputs, (tuple, list)) else [inputs]
+        codes = tf.convert_to_tensor(codes)
+        batch = tf.shape(codes)[0]
+        labels = tf.convert_to_tensor(rest[0]) if rest else tf.fill((batch,), -1)
+        changes = tf.convert_to_tensor(rest[1]) if rest[1:] else tf.zeros((batch, self.num_changes))
+        return codes, labels, changes
+
+    def label_map(self, labels, maps):
+        """What labels add: int32 (B,) and the maps, or a row of them, (rank, ..., C) -> (B, ..., C); of -1, zeros."""
+        known = tf.one_hot(labels, self.num_labels)  # zeros for -1
+        return tf.tensordot(tf.matmul(known, self.label_vectors), maps, 1)
+
     def logits(self, x):
-        """Features (..., filters) -> logits (..., K)."""
+        """Features (..., C) -> logits (..., K)."""
         x = tf.nn.relu(x)
         for layer in self.head:
             x = layer(x)
         return x
 
-    def sample(self, num_samples, seed, temperature=1.0, known=None):
+    def terms(self, inputs, training):
+        codes, labels, changes = self.unpack(inputs)
+        if training and self.num_labels:
+            lots = uniform(tf.shape(labels), self.seeds.next())
+            labels = tf.where(lots < LABELS_HIDDEN, -1, labels)
+        logits = self((codes, labels, changes), training=training)
+        return {"loss": tf.reduce_mean(negative_log_likelihood(logits, codes), axis=(1, 2))}
+
+    @tf.function(reduce_retracing=True)
+    def nll(self, codes, labels=None):
+        """-ln p of every code given the earlier ones and the label: (B, h, w), (B,) -> float32 (B, h, w), nats."""
+        return negative_log_likelihood(self(codes if labels is None else (codes, labels)), codes)
+
+    def sample(self, num_samples, seed, temperature=1.0, known=None, labels=None):
         """Draw codes position by position, in raster order, from cached activations [5].
 
         Args:
@@ -672,26 +866,47 @@ class PixelCNN(keras.Model):
             seed: int; picture n is the same whatever N is.
             temperature: divides the logits: 1 samples the model, less is more typical.
             known: int32 (N, h, w) of codes to keep, -1 where one is to be drawn; None draws all.
+            labels: int32 (N,) in [0, num_labels), -1 where it is not known; None knows none.
 
         Returns: int32 (N, h, w) in [0, K).
         """
         if num_samples < 1:
             raise ValueError(f"num_samples must be at least 1, got {num_samples}")
-        if temperature <= 0:
-            raise ValueError(f"temperature must be above 0, got {temperature}")
         if known is None:
             known = tf.fill((num_samples, *self.grid), -1)
         if tuple(known.shape) != (num_samples, *self.grid):
             raise ValueError(f"known must have shape {(num_samples, *self.grid)}, got {tuple(known.shape)}")
+        return self.restore(known, labels, np.inf, np.arange(num_samples), seed, temperature)
+
+    def restore(self, known, labels, keep_up_to, streams, seed, temperature=1.0):
+        """`sample`, where a known code is kept only if it costs at most `keep_up_to` nats given the earlier ones.
+
+        The earlier ones are those already restored, as in [7].
+
+        Args:
+            known, labels, seed, temperature: see `sample`.
+            keep_up_to: nats; infinity keeps all known codes.
+            streams: int (N,); pictures of the same stream, seed and situation draw the same.
+
+        Returns: int32 (N, h, w) in [0, K).
+        """
+        if temperature <= 0:
+            raise ValueError(f"temperature must be above 0, got {temperature}")
+        labels = np.full(len(known), -1) if labels is None else np.asarray(labels)
+        if labels.shape != (len(known),):
+            raise ValueError(f"labels must have shape {(len(known),)}, got {labels.shape}")
+        if len(labels) and not -1 <= labels.min() <= labels.max() < max(self.num_labels, 0):
+            raise ValueError(f"labels must be from -1 to {self.num_labels - 1}, got {labels.min()} to {labels.max()}")
         # Tensors, not Python numbers: those would trace the graph again for every seed.
-        seed, temperature = tf.constant(seed, tf.int32), tf.constant(temperature, tf.float32)
-        return self.draw(tf.cast(known, tf.int32), seed, temperature)[0]
+        integers = (tf.cast(value, tf.int32) for value in (known, labels, streams, seed))
+        return self.draw(*integers, tf.constant(keep_up_to, tf.float32), tf.constant(temperature, tf.float32))[0]
 
     @tf.function(  # a batch of 1 that is known to be 1 would give the loops' variables shapes that change
-        input_signature=[tf.TensorSpec((None, None, None), tf.int32), tf.TensorSpec((), tf.int32), tf.TensorSpec(())]
+        input_signature=[tf.TensorSpec(shape, tf.int32) for shape in ((None, None, None), (None,), (None,), ())]
+        + [tf.TensorSpec(())] * 2
     )
-    def draw(self, known, seed, temperature):
-        """`sample` as one graph: codes (N, h, w), and the logit of each (N, h, w)."""
+    def draw(self, known, labels, streams, seed, keep_up_to, temperature):
+        """`restore` as one graph: codes (N, h, w), and -ln p of each, float32 (N, h, w)."""
         pictures = tf.shape(known)[0]
         height, width = self.grid
         table = self.first.table()
@@ -702,24 +917,27 @@ class PixelCNN(keras.Model):
         hidden_above = tf.zeros((width, len(self.blocks), pictures, self.filters // 2))
         sums = tf.zeros((len(self.contexts), height, pictures, self.context_filters))
         all_codes = tf.TensorArray(tf.int32, height)
-        all_logits = tf.TensorArray(tf.float32, height)
+        all_nats = tf.TensorArray(tf.float32, height)
 
         for row in tf.range(height):
             # All that the rows above contribute, at once for the whole row, column first.
             start = self.first.above(table, codes_above)
             if self.learned_position:
                 start += self.position[row]
+            if self.num_labels:
+                start += self.label_map(labels, self.label_maps[:, row])
             start = tf.transpose(start, (1, 0, 2))
             above = self.blocks_above(hidden_above)
             # Gumbel noise, added to logits, makes the largest a draw from the categorical distribution.
-            # Unlike the noise of Categorical.sample, that of a picture does not depend on N.
-            noise_shape = (pictures, width, self.num_embeddings)
+            # Unlike the noise of Categorical.sample, that of a stream does not depend on N.
+            noise_shape = (tf.reduce_max(streams) + 1, width, self.num_embeddings)
             noise = tfp.distributions.Gumbel(0.0, 1.0).sample(noise_shape, seed=tf.stack([seed, row]))
+            noise = tf.gather(noise, streams)
 
             left_codes = tf.fill((pictures, self.first.radius), -1)
             left = tf.zeros((len(self.blocks), pictures, self.filters // 2))
             row_codes = tf.TensorArray(tf.int32, width)
-            row_logits = tf.TensorArray(tf.float32, width)
+            row_nats = tf.TensorArray(tf.float32, width)
             row_hidden = tf.TensorArray(tf.float32, width)
             row_features = [tf.TensorArray(tf.float32, width) for _ in self.contexts]
             summed = [sums[i, row] for i in range(len(self.contexts))]
@@ -737,13 +955,14 @@ class PixelCNN(keras.Model):
                 logits = self.logits(x)
                 drawn = tf.argmax(logits / temperature + noise[:, column], axis=-1, output_type=tf.int32)
                 given = known[:, row, column]
-                codes = tf.where(given < 0, drawn, given)
+                kept = (given >= 0) & (negative_log_likelihood(logits, tf.maximum(given, 0)) <= keep_up_to)
+                codes = tf.where(kept, given, drawn)
                 left_codes = tf.concat([left_codes[:, 1:], codes[:, None]], axis=1)
                 left, summed = tf.stack(hidden), sums_here
                 row_hidden = row_hidden.write(column, left)
                 row_features = [array.write(column, value) for array, value in zip(row_features, features)]
                 row_codes = row_codes.write(column, codes)
-                row_logits = row_logits.write(column, tf.gather(logits, codes, batch_dims=1))
+                row_nats = row_nats.write(column, negative_log_likelihood(logits, codes))
 
             codes = tf.transpose(row_codes.stack())
             codes_above = tf.concat([codes_above[:, 1:], codes[:, None]], axis=1)
@@ -751,9 +970,9 @@ class PixelCNN(keras.Model):
             if self.contexts:
                 sums += tf.stack([c.share(array.stack(), row) for c, array in zip(self.contexts, row_features)])
             all_codes = all_codes.write(row, codes)
-            all_logits = all_logits.write(row, tf.transpose(row_logits.stack()))
+            all_nats = all_nats.write(row, tf.transpose(row_nats.stack()))
 
-        return tf.transpose(all_codes.stack(), (1, 0, 2)), tf.transpose(all_logits.stack(), (1, 0, 2))
+        return tf.transpose(all_codes.stack(), (1, 0, 2)), tf.transpose(all_nats.stack(), (1, 0, 2))
 
     def blocks_above(self, hidden):
         """What a row gives to the masked convolutions of the next, for all blocks in one product.
@@ -777,4 +996,7 @@ class PixelCNN(keras.Model):
             "dropout": self.dropout,
             "learned_position": self.learned_position,
             "context_filters": self.context_filters,
+            "zero_init": self.zero_init,
+            "num_labels": self.num_labels,
+            "num_changes": self.num_changes,
         }

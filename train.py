@@ -12,19 +12,19 @@ import argparse
 import csv
 import dataclasses
 import json
-import os
 import pathlib
+import shlex
 import sys
 import time
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # read when TensorFlow is imported
+import dataset  # first, for it keeps TensorFlow's start-up log off the screen
 
+# isort: split
 import keras
 import matplotlib
 import numpy as np
 import tensorflow as tf
 
-import dataset
 import modules
 
 matplotlib.use("agg")
@@ -46,11 +46,12 @@ class Settings:
     num_embeddings: int = setting(256, "K, codes in the codebook", 2, 2**15)
     embedding_dim: int = setting(16, "D, numbers a code stands for", 1, 1024)
     commitment_cost: float = setting(1.0, "beta of the VQ-VAE paper, equation 3", 0.25, 2.0)
-    ema_decay: float = setting(0.99, "of the codebook's moving average; 0 trains it by gradient", 0.0, 0.9999)
+    ema_decay: float = setting(0.9, "of the codebook's moving average; 0 trains it by gradient", 0.0, 0.9999)
     filters: tuple[int, ...] = setting((32, 64), "width of each halving convolution; 2 make a 16x16 grid", 1, 1024)
     kernel_size: int = setting(4, "of the halving convolutions", 2, 9)
-    residual_blocks: int = setting(2, "in the encoder, and again in the decoder", 0, 32)
-    ssim_weight: float = setting(1.0, "of 1 - SSIM beside the squared error", 0.0, 100.0)
+    encoder_blocks: int = setting(0, "residual blocks of the encoder; fewer make codes that depend on less", 0, 32)
+    decoder_blocks: int = setting(3, "residual blocks of the decoder", 0, 32)
+    ssim_weight: float = setting(2.0, "of 1 - SSIM beside the squared error", 0.0, 100.0)
     vqvae_epochs: int = setting(30, "epochs of the VQ-VAE", 1, 10**6)
     vqvae_batch_size: int = setting(64, "slices a step", 1, 2**16)
     vqvae_learning_rate: float = setting(1e-3, "Adam's, at the start", 1e-8, 1.0)
@@ -58,16 +59,19 @@ class Settings:
     # PixelCNN
     pixelcnn_filters: int = setting(64, "channels between the residual blocks, half of them inside", 2, 4096)
     pixelcnn_blocks: int = setting(15, "residual blocks; 15 in the PixelRNN paper, table 1", 1, 128)
-    dropout: float = setting(0.4, "rate in every residual block and context", 0.0, 0.9)
+    dropout: float = setting(0.2, "rate in every residual block and context", 0.0, 0.9)
     learned_position: bool = setting(True, "add a learned vector for each grid position")
     context_filters: int = setting(64, "channels that sum up all earlier codes; 0 for none", 0, 4096)
+    zero_init: bool = setting(True, "residual blocks start as identities, which allows the learning rate below")
     pixelcnn_epochs: int = setting(100, "epochs of the PixelCNN", 1, 10**6)
     pixelcnn_batch_size: int = setting(128, "grids of codes a step", 1, 2**16)
-    pixelcnn_learning_rate: float = setting(1e-3, "Adam's, at the start", 1e-8, 1.0)
+    pixelcnn_learning_rate: float = setting(1e-2, "Adam's, at its highest", 1e-8, 1.0)
+    pixelcnn_warmup_epochs: int = setting(1, "over which the learning rate rises to it; 0 for none", 0, 10**6)
 
     # Both
     cosine_decay: bool = setting(True, "lower both learning rates to 0 along a cosine")
-    mirror: bool = setting(True, "show every slice as its mirror image half of the time")
+    mirror: bool = setting(True, "show every slice as its mirror image too")
+    augmentations: int = setting(6, "changed copies of each slice for the PixelCNN, which is told the changes", 0, 64)
 
 
 # The settings of the original project, as far as its README gives them, and its keras.io ancestor's where not.
@@ -76,26 +80,25 @@ ORIGINAL = {
     "ema_decay": 0.0,
     "filters": (16, 32, 64),
     "kernel_size": 3,
-    "residual_blocks": 0,
+    "decoder_blocks": 0,
     "ssim_weight": 0.0,
     "pixelcnn_filters": 128,
     "dropout": 0.0,
     "learned_position": False,
     "context_filters": 0,
+    "zero_init": False,
     "pixelcnn_learning_rate": 3e-4,
+    "pixelcnn_warmup_epochs": 0,
     "cosine_decay": False,
     "mirror": False,
+    "augmentations": 0,
 }
-# A few hundred phantoms, and a demo that ends in minutes: smaller batches for more steps, a codebook that opens in a
-# few of them, and little dropout, for there is no time to overfit.
+# A few hundred phantoms, and a demo that ends in minutes: smaller batches for more steps.
 DEMO = {
-    "ema_decay": 0.9,
     "vqvae_batch_size": 32,
     "vqvae_epochs": 12,
     "pixelcnn_batch_size": 32,
     "pixelcnn_epochs": 8,
-    "pixelcnn_learning_rate": 3e-3,
-    "dropout": 0.1,
 }
 
 
@@ -162,32 +165,30 @@ def open_run(run, settings, data_folder, data, phantom):
         "settings": dataclasses.asdict(settings),
         "data": {"folder": str(pathlib.Path(data_folder).resolve()), "phantom": phantom, **data},
         "versions": library_versions(),
+        "finished": {},  # {stage: sha256 of its model}
     }
     config = json.loads(json.dumps(config))  # tuples become lists, as in a config read from a file
-    path = run / "config.json"
-    if not path.exists():
-        dataset.write_json(path, config)
+    before = dataset.read_config(run)
+    if before is None:
+        if models := sorted(path.name for path in run.glob("*.keras")):
+            raise dataset.UserError(f"--run {run} holds {models[0]}, but no config.json: choose another --run")
+        dataset.write_json(run / "config.json", config)
         return
-    try:
-        before = json.loads(path.read_text())
-        versions, before_data, before_settings = ({**before[part]} for part in ("versions", "data", "settings"))
-    except (OSError, ValueError, KeyError, TypeError):
-        raise dataset.UserError(f"{path} is broken: choose another --run, or delete this one") from None
     for name in config["settings"]:
-        now, then = config["settings"][name], before_settings.get(name)
+        now, then = config["settings"][name], before["settings"].get(name)
         if now != then:
             flag = "--" + name.replace("_", "-")
             raise dataset.UserError(f"--run {run} was started with {flag} {then}, not {now}: choose another --run")
     for split in data:
-        if before_data.get(split) != data[split]:
-            then = (before_data.get(split) or {}).get("images")
+        if before["data"].get(split) != data[split]:
+            then = (before["data"].get(split) or {}).get("images")
             raise dataset.UserError(
                 f"--run {run} was started with other {split} slices "
                 f"({then}, now {data[split]['images']}): choose another --run, or restore the data"
             )
     for library, version in config["versions"].items():
-        if versions.get(library) != version:
-            print(f"warning: this run was started with {library} {versions.get(library)}, now {version}")
+        if before["versions"].get(library) != version:
+            print(f"warning: this run was started with {library} {before['versions'].get(library)}, now {version}")
 
 
 # --------------------------------------------------------------------------------------
@@ -231,34 +232,65 @@ class Stage:
         dataset.write_whole(self.history, write)
 
     def is_finished(self):
-        return self.plot.exists() and self.best.exists() and not self.last.exists()
+        """Whether config.json says so. A model that is not the one it speaks of is refused.
+
+        The PixelCNN of a run belongs to the codes of one VQ-VAE, so neither is ever fitted a second time.
+        """
+        finished = dataset.read_config(self.best.parent)["finished"].get(self.name)
+        if finished is None:
+            return False
+        if not self.best.exists() or dataset.file_checksum(self.best) != finished:
+            raise dataset.UserError(
+                f"{self.best} is not the model that this run was finished with: restore it, or choose another --run"
+            )
+        self.last.unlink(missing_ok=True)  # a run that was killed at the end of `finish` leaves it behind
+        return True
+
+    def finish(self, rows):
+        """Plot the history, and note in config.json which model the stage ended with."""
+        plot_history(self, rows)
+        config = dataset.read_config(self.best.parent)
+        config["finished"][self.name] = dataset.file_checksum(self.best)
+        dataset.write_json(self.best.parent / "config.json", config)
+        self.last.unlink()
 
 
-def data_loss(row, split=""):
-    """The loss without the quantizer's terms; the best epoch is that with the least on validate (split "val_").
+def selection_loss(row, split="val_"):
+    """What chooses the epoch: the loss without the quantizer's terms, on validate unless `split` is empty.
 
     Those terms follow the scale of the latents, and can grow while the reconstructions get better.
     """
     return row[f"{split}loss"] - row.get(f"{split}quantizer_loss", 0)
 
 
-class Keeper(keras.callbacks.Callback):
-    """After each epoch: keeps the best model, the history, and what a later call needs to go on.
+def save_alone(model, path):
+    """Write a model without its optimizer, a third of the size, and not compiled."""
+    alone = type(model).from_config(model.get_config())
+    alone.set_weights(model.get_weights())
+    alone.save(path)
 
-    The three files are written in this order, so that whenever the run is killed, the first two
-    hold at least what `last` holds; an epoch that is done again gives the same again.
+
+class Checkpoint(keras.callbacks.Callback):
+    """After each epoch: keeps the history, what a later call needs to go on, and the best model.
+
+    The files are written in this order. A run that was killed between them has a row more than `last`
+    has epochs, which is written again, or a `last` that is better than `best`, which `keep_best` mends:
+    so the best model always is that of a row.
     """
 
     def __init__(self, stage, rows, seed):
         super().__init__()
         self.stage, self.rows, self.seed = stage, rows, seed
 
+    def on_train_begin(self, logs=None):
+        self.keep_best()
+
     def on_epoch_begin(self, epoch, logs=None):
         self.started = time.time()
-        # Dropout depends on the epoch alone, as the data order does: resuming needs no hidden state.
+        # Dropout depends on the number of the step alone, as the data order does: resuming needs no hidden state.
         states = [v for v in self.model.non_trainable_variables if v.name == "seed_generator_state"]
         for number, state in enumerate(states):
-            state.assign([self.seed + 7919 * number, epoch])
+            state.assign([self.seed + 7919 * number, int(self.model.optimizer.iterations.numpy())])
 
     def on_epoch_end(self, epoch, logs=None):
         row = {"epoch": epoch + 1, "seconds": round(time.time() - self.started, 2), **logs}
@@ -267,16 +299,30 @@ class Keeper(keras.callbacks.Callback):
                 f"{self.stage.name}: the loss is not a number in epoch {epoch + 1}; the best model so far is kept. "
                 f"Lower --{self.stage.name}-learning-rate, in another --run"
             )
-        if all(data_loss(row, "val_") < data_loss(earlier, "val_") for earlier in self.rows):
-            dataset.write_whole(self.stage.best, self.model.save)
         self.rows.append(row)
         self.stage.write_history(self.rows)
         dataset.write_whole(self.stage.last, self.model.save)
+        self.keep_best()
         left = np.median([row["seconds"] for row in self.rows]) * (self.stage.epochs - len(self.rows))
         print(f"{self.stage.name}: epoch {len(self.rows)} of {self.stage.epochs}, about {left / 60:.0f} min left")
 
+    def keep_best(self):
+        if self.rows and min(self.rows, key=selection_loss) is self.rows[-1]:
+            dataset.write_whole(self.stage.best, lambda path: save_alone(self.model, path))
 
-def fit(stage, settings, make_model, variants, validation, batch_size, learning_rate, prepare, loss=None):
+
+def learning_rates(highest, steps, warmup_steps, cosine_decay):
+    """Adam's learning rate: a rise from 0, then half a cosine that ends in 0 at the last step; or a constant."""
+    if not cosine_decay:
+        return highest
+    if not warmup_steps:
+        return keras.optimizers.schedules.CosineDecay(highest, steps)
+    return keras.optimizers.schedules.CosineDecay(
+        0.0, max(steps - warmup_steps, 1), warmup_target=highest, warmup_steps=warmup_steps
+    )
+
+
+def fit(stage, settings, make_model, variants, validation, batch_size, learning_rate, prepare, warmup_epochs=0):
     """Fit a model to its last epoch, from where an earlier call was stopped, if it was.
 
     Args:
@@ -285,53 +331,49 @@ def fit(stage, settings, make_model, variants, validation, batch_size, learning_
         variants: training examples (N, V, ...), see `dataset.shuffled_batches`.
         validation: validation examples (N, ...).
         prepare: batch of examples -> what the model is fitted on.
-        loss: of `Model.compile`.
     """
-    batch_size = min(batch_size, len(variants))
-    steps = len(variants) // batch_size
-    # Every GPU of the machine; where there is one or none, TensorFlow chooses the device by itself.
-    several = len(tf.config.list_physical_devices("GPU")) > 1
-    strategy = tf.distribute.MirroredStrategy() if several else tf.distribute.get_strategy()
+    examples = len(tf.nest.flatten(variants)[0])
+    batch_size = min(batch_size, examples)
+    steps = examples // batch_size
+    strategy = modules.choose_strategy()
     with strategy.scope():
         if stage.last.exists():
             model = dataset.load_model(stage.last, f"delete it, and {stage.name} starts again from its first epoch")
         else:
             keras.utils.set_random_seed(settings.seed)
             model = make_model()
-            if settings.cosine_decay:
-                learning_rate = keras.optimizers.schedules.CosineDecay(learning_rate, steps * stage.epochs)
-            model.compile(optimizer=keras.optimizers.Adam(learning_rate), loss=loss)
+            schedule = learning_rates(learning_rate, steps * stage.epochs, steps * warmup_epochs, settings.cosine_decay)
+            model.compile(optimizer=keras.optimizers.Adam(schedule))
+        model.jit_compile = modules.use_xla()  # a saved model has the choice of the machine that saved it
 
-    done = int(model.optimizer.iterations) // steps
+    done = int(model.optimizer.iterations.numpy()) // steps
     rows = stage.read_history(done)
     if done:
         print(f"{stage.name}: goes on after epoch {done} of {stage.epochs}")
-    if done < stage.epochs:
-        batches = dataset.shuffled_batches(variants, batch_size, settings.seed, range(done, stage.epochs))
-        model.fit(
-            batches.map(prepare),
-            validation_data=tf.data.Dataset.from_tensor_slices(validation).batch(batch_size).map(prepare),
-            initial_epoch=done,
-            epochs=stage.epochs,
-            steps_per_epoch=steps,
-            callbacks=[Keeper(stage, rows, settings.seed)],
-            shuffle=False,  # done by the batches
-            verbose=1 if sys.stdout.isatty() else 2,
-        )
-    plot_history(stage, rows)
-    stage.last.unlink()
+    batches = dataset.shuffled_batches(variants, batch_size, settings.seed, range(done, stage.epochs))
+    model.fit(
+        batches.map(prepare),
+        validation_data=tf.data.Dataset.from_tensor_slices(validation).batch(batch_size).map(prepare),
+        initial_epoch=done,
+        epochs=stage.epochs,
+        steps_per_epoch=steps,
+        callbacks=[Checkpoint(stage, rows, settings.seed)],
+        shuffle=False,  # done by the batches
+        verbose=dataset.progress_verbosity(),
+    )
+    stage.finish(rows)
 
 
 def plot_history(stage, rows):
     """Training and validation loss against the epoch, the kept epoch marked; perplexity, where there is one."""
     epochs = [row["epoch"] for row in rows]
-    best = min(rows, key=lambda row: data_loss(row, "val_"))
+    best = min(rows, key=selection_loss)
     has_codebook = "perplexity" in rows[0]
     figure, axes = plt.subplots(1, 1 + has_codebook, figsize=(5 + 4 * has_codebook, 3.5), squeeze=False)
     axis = axes[0, 0]
-    axis.plot(epochs, [data_loss(row) for row in rows], label="training")
-    axis.plot(epochs, [data_loss(row, "val_") for row in rows], label="validation")
-    least = data_loss(best, "val_")
+    axis.plot(epochs, [selection_loss(row, "") for row in rows], label="training")
+    axis.plot(epochs, [selection_loss(row) for row in rows], label="validation")
+    least = selection_loss(best)
     axis.plot(best["epoch"], least, "o", label=f"kept: epoch {best['epoch']:.0f}, {least:.3f}")
     unit = "loss without the quantizer's terms" if has_codebook else "nats per code"
     axis.set(xlabel="epoch", ylabel=unit, title=stage.name)
@@ -360,13 +402,14 @@ def make_vqvae(settings, data_variance=1.0):
         image_size=dataset.IMAGE_SIZE,
         filters=settings.filters,
         kernel_size=settings.kernel_size,
-        residual_blocks=settings.residual_blocks,
+        encoder_blocks=settings.encoder_blocks,
+        decoder_blocks=settings.decoder_blocks,
         ssim_weight=settings.ssim_weight,
         data_variance=data_variance,
     )
 
 
-def make_pixelcnn(settings):
+def make_pixelcnn(settings, num_labels=0):
     side = dataset.IMAGE_SIZE // 2 ** len(settings.filters)
     return modules.PixelCNN(
         settings.num_embeddings,
@@ -376,35 +419,53 @@ def make_pixelcnn(settings):
         dropout=settings.dropout,
         learned_position=settings.learned_position,
         context_filters=settings.context_filters,
+        zero_init=settings.zero_init,
+        num_labels=num_labels,
+        num_changes=len(dataset.CHANGE_LIMITS) + 1 if settings.augmentations else 0,
     )
 
 
-def fit_vqvae(stage, settings, variants, validate):
-    """Training slices uint8 (N, V, 64, 64), validation slices (N, 64, 64) -> stage.best."""
+def fit_vqvae(stage, settings, train, validate):
+    """Slices of two splits -> stage.best."""
+    pictures = [train.images] + [dataset.mirrored(train.images)] * settings.mirror
     fit(
         stage,
         settings,
-        lambda: make_vqvae(settings, data_variance=np.var(variants[:, 0] / np.float32(255))),
-        variants,
-        validate,
+        lambda: make_vqvae(settings, data_variance=np.var(train.images / np.float32(255))),
+        np.stack(pictures, axis=1),
+        validate.images,
         settings.vqvae_batch_size,
         settings.vqvae_learning_rate,
         prepare=dataset.to_float,
     )
 
 
-def fit_pixelcnn(stage, settings, vqvae, variants, validate):
+def fit_pixelcnn(stage, settings, vqvae, train, validate):
     """The same slices, encoded once -> stage.best."""
+    pictures = [train.images] + [dataset.mirrored(train.images)] * settings.mirror
+    unchanged = np.zeros((len(train.images), len(dataset.CHANGE_LIMITS) + 1), np.float32)
+    changes = [unchanged] * len(pictures)
+    for number in range(settings.augmentations):
+        print(f"changed copies of the training slices, {number + 1} of {settings.augmentations}")
+        changed = dataset.augment(pictures[number % (1 + settings.mirror)], (settings.seed, number))
+        pictures.append(changed[0]), changes.append(changed[1])
+
+    num_labels = 0 if train.labels is None else 1 + int(train.labels.max())
+    train_labels, validate_labels = (dataset.known_labels(split, num_labels) for split in (train, validate))
     fit(
         stage,
         settings,
-        lambda: make_pixelcnn(settings),
-        np.stack([encode(vqvae, variants[:, i]) for i in range(variants.shape[1])], axis=1),
-        encode(vqvae, validate),
+        lambda: make_pixelcnn(settings, num_labels),
+        (
+            np.stack([encode(vqvae, images) for images in pictures], axis=1),
+            np.repeat(train_labels[:, None], len(pictures), axis=1),
+            np.stack(changes, axis=1),
+        ),
+        (encode(vqvae, validate.images), validate_labels),
         settings.pixelcnn_batch_size,
         settings.pixelcnn_learning_rate,
-        prepare=lambda codes: (codes, codes),
-        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        prepare=lambda *inputs: (inputs,),
+        warmup_epochs=settings.pixelcnn_warmup_epochs,
     )
 
 
@@ -416,8 +477,10 @@ def encode(vqvae, images):
 def main(arguments=None):
     settings, options = parse_arguments(arguments)
     run = options.run
-    stages = Stage(run, "vqvae", settings.vqvae_epochs), Stage(run, "pixelcnn", settings.pixelcnn_epochs)
+    vqvae_stage = Stage(run, "vqvae", settings.vqvae_epochs)
+    pixelcnn_stage = Stage(run, "pixelcnn", settings.pixelcnn_epochs)
     try:
+        print(modules.set_up_devices())
         if run.exists() and not run.is_dir():
             raise dataset.UserError(f"--run {run} is a file: choose another")
         try:
@@ -429,24 +492,24 @@ def main(arguments=None):
         splits = dataset.load(options.data)
         open_run(run, settings, options.data, dataset.fingerprint(splits), options.demo)
         print(json.dumps(dataclasses.asdict(settings), indent=2))
-        train, validate = splits["train"].images, splits["validate"].images
-        variants = dataset.with_mirrored(train) if settings.mirror else train[:, None]
+        train, validate = splits["train"], splits["validate"]
 
-        for stage in stages:
-            if stage.is_finished():
-                print(f"{stage.name}: finished before, {stage.best}")
-            elif stage.name == "vqvae":
-                fit_vqvae(stage, settings, variants, validate)
-            else:
-                vqvae = dataset.load_model(stages[0].best, "delete it, and the VQ-VAE is trained again")
-                fit_pixelcnn(stage, settings, vqvae, variants, validate)
+        if vqvae_stage.is_finished():
+            print(f"vqvae: finished before, {vqvae_stage.best}")
+        else:
+            fit_vqvae(vqvae_stage, settings, train, validate)
+        if pixelcnn_stage.is_finished():
+            print(f"pixelcnn: finished before, {pixelcnn_stage.best}")
+        else:
+            vqvae = dataset.load_model(vqvae_stage.best, "choose another --run")
+            fit_pixelcnn(pixelcnn_stage, settings, vqvae, train, validate)
     except dataset.UserError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"train.py: stopped; the same command goes on where {run} ends", file=sys.stderr)
+        print("train.py: stopped; the same command goes on where it was", file=sys.stderr)
         return 130
-    print(f"done: now run python predict.py --run {run}")
+    print(f"done: now run python predict.py --run {shlex.quote(str(run))}")
     return 0
 
 

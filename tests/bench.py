@@ -27,17 +27,17 @@ import sys
 import tempfile
 import time
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")  # (e) puts a second process on the GPU
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
+import dataset  # first, for it keeps TensorFlow's start-up log off the screen
+
+# isort: split
 import keras
 import numpy as np
 import tensorflow as tf
 import tensorflow_probability as tfp
 from keras import layers
 
-import dataset
 import modules
 import train
 
@@ -90,13 +90,12 @@ def compare(what, ours, against, theirs, unit=None):
     row(what, ours, against, theirs, f"{number(ratio(*medians))}{unit or 'x'} {spread}")
 
 
-def print_header():
+def print_header(devices):
     info = pathlib.Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     processors = [line.split(": ")[1] for line in lines if line.startswith("model name")] or [platform.processor()]
     print(f"{processors[0]}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the start")
-    for gpu in GPUS:
-        print(f"GPU: {tf.config.experimental.get_device_details(gpu).get('device_name')}")
+    print(devices)
     print(", ".join(f"{library} {version}" for library, version in train.library_versions().items()))
     print(f"medians of {REPETITIONS} repetitions in turns\n")
     row("", "ours", "against", "", "ratio")
@@ -183,9 +182,9 @@ def plain_pixelcnn(ours):
 
 
 def plain_vqvae(ours):
-    """The network of `ours` and its weights, without the SSIM term."""
-    names = ("image_size", "embedding_dim", "filters", "kernel_size", "residual_blocks")
-    shape = {name: ours.config[name] for name in names}
+    """The network of `ours` and its weights, without the SSIM term and without residual blocks."""
+    shape = {name: ours.config[name] for name in ("image_size", "embedding_dim", "filters", "kernel_size")}
+    shape["residual_blocks"] = 0
     quantizer = OneHotQuantizer(*(ours.config[n] for n in ("num_embeddings", "embedding_dim", "commitment_cost")))
     parts = modules.build_encoder(**shape), quantizer, modules.build_decoder(**shape)
     for part, source in zip(parts, (ours.encoder, ours.quantizer, ours.decoder)):
@@ -199,8 +198,8 @@ def plain_vqvae(ours):
 
 
 def make_pixelcnn(settings):
-    """The prior of train.py, and what it is called in the table."""
-    model = train.make_pixelcnn(settings)
+    """The prior of train.py without labels and augmentation, and what it is called in the table."""
+    model = train.make_pixelcnn(dataclasses.replace(settings, augmentations=0))
     height, width = model.grid
     return model, f"{height}x{width}, K={model.num_embeddings}, {model.filters} filters"
 
@@ -258,7 +257,7 @@ def bench_pixelcnn_epoch(settings):
     plain = plain_pixelcnn(ours)
     for model in (ours, plain):
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-        model.compile(keras.optimizers.Adam(settings.pixelcnn_learning_rate), loss)
+        model.compile(keras.optimizers.Adam(settings.pixelcnn_learning_rate), loss, jit_compile=modules.use_xla())
     codes, batch_size = random_codes(ours, SLICES), settings.pixelcnn_batch_size
     steps = SLICES // batch_size if GPUS else CPU_STEPS
     compare_epochs(f"(c) epoch: {name}", ours, plain, codes, lambda codes: (codes, codes), batch_size, steps)
@@ -267,8 +266,10 @@ def bench_pixelcnn_epoch(settings):
 def bench_vqvae_epoch():
     ours = train.make_vqvae(ORIGINAL)
     plain = plain_vqvae(ours)
-    ours.compile(keras.optimizers.Adam(ORIGINAL.vqvae_learning_rate))
-    plain.compile(keras.optimizers.Adam(ORIGINAL.vqvae_learning_rate), "mean_squared_error")
+    ours.compile(keras.optimizers.Adam(ORIGINAL.vqvae_learning_rate), jit_compile=modules.use_xla())
+    plain.compile(
+        keras.optimizers.Adam(ORIGINAL.vqvae_learning_rate), "mean_squared_error", jit_compile=modules.use_xla()
+    )
     shape = (SLICES, dataset.IMAGE_SIZE, dataset.IMAGE_SIZE)
     images, batch_size = np.random.default_rng(0).integers(256, size=shape, dtype="uint8"), ORIGINAL.vqvae_batch_size
 
@@ -332,13 +333,14 @@ def main():
     parser.add_argument("--data", help="folder of the slices (default: phantoms, drawn into a temporary folder)")
     parser.add_argument("--only", nargs="+", choices="abcde", default="abcde", help="parts to run (default: all)")
     options = parser.parse_args()
+    devices = modules.set_up_devices()
 
     with tempfile.TemporaryDirectory() as folder:
         data = options.data
         if not data and {"d", "e"} & set(options.only):
             data = pathlib.Path(folder) / "phantom_slices"
             dataset.write_phantom(data)
-        print_header()
+        print_header(devices)
         if "a" in options.only:
             bench_predict(PUBLISHED)
             bench_predict(ORIGINAL)

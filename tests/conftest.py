@@ -1,11 +1,8 @@
 """What the tests share: phantom slices, and one tiny run that train.py and predict.py made of them."""
 
-import os
 import pathlib
 import subprocess
 import sys
-
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import pytest
 
@@ -14,7 +11,7 @@ import dataset
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 # Small enough for seconds on a CPU, and every part of the default networks is in it.
 TINY = [
-    *("--num-embeddings", "16", "--filters", "4", "8", "--residual-blocks", "1", "--vqvae-epochs", "3"),
+    *("--num-embeddings", "16", "--filters", "4", "8", "--decoder-blocks", "1", "--vqvae-epochs", "3"),
     *("--pixelcnn-filters", "8", "--pixelcnn-blocks", "2", "--pixelcnn-epochs", "3"),
     *("--vqvae-batch-size", "32", "--pixelcnn-batch-size", "32"),
 ]
@@ -35,11 +32,17 @@ def run_script(script, *arguments, **options):
 
 
 @pytest.fixture(scope="session")
-def finished_run(phantoms, tmp_path_factory):
-    """The folder of a tiny run, trained and measured. Not to be changed by a test: copy it."""
-    run = tmp_path_factory.mktemp("runs") / "tiny"
+def finished_processes(phantoms, tmp_path_factory):
+    """The folder of a tiny run, and the processes that trained and measured it."""
+    run = tmp_path_factory.mktemp("runs") / "a tiny run"
     trained = run_script("train.py", "--data", phantoms, "--run", run, *TINY)
     assert trained.returncode == 0, trained.stderr
     predicted = run_script("predict.py", "--run", run, "--complete")
     assert predicted.returncode == 0, predicted.stderr
-    return run
+    return run, trained, predicted
+
+
+@pytest.fixture(scope="session")
+def finished_run(finished_processes):
+    """The folder of a tiny run, trained and measured. Not to be changed by a test: copy it."""
+    return finished_processes[0]

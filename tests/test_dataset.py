@@ -1,5 +1,6 @@
 """Reading slices, batching them, and drawing phantoms."""
 
+import dataclasses
 import functools
 import os
 import warnings
@@ -10,6 +11,7 @@ import pytest
 import tensorflow as tf
 from conftest import ROOT, run_script
 from PIL import Image
+from scipy import ndimage
 
 import dataset
 
@@ -128,6 +130,7 @@ def test_order_is_by_case_then_slice_number(tmp_path):
     split = dataset.load_split(tmp_path, "train")
     assert split.names == names
     assert split.subjects == [name[:8] for name in names]
+    assert split.labels.tolist() == [0, 2, 10] * 3 and split.labels.dtype == np.int32
     for name, image in zip(names, split.images):
         np.testing.assert_array_equal(image, dataset.decode(str(tmp_path / name)))
 
@@ -204,8 +207,9 @@ def test_without_a_validate_folder_whole_subjects_are_held_out(tmp_path, subject
     assert not set(train.subjects) & set(validate.subjects)
     assert sorted(train.names + validate.names) == sorted(os.listdir(tmp_path / "data" / "keras_png_slices_train"))
     for split in (train, validate):
-        assert len(split.images) == len(split.names) == len(split.subjects)
+        assert len(split.images) == len(split.names) == len(split.subjects) == len(split.labels)
         assert [name[:8] for name in split.names] == split.subjects
+        assert [int(name[15]) for name in split.names] == split.labels.tolist()
 
 
 def test_a_validate_folder_is_used_as_it_is(data):
@@ -224,8 +228,24 @@ def test_free_file_names_work_with_one_warning(tmp_path, with_validate):
         loaded = dataset.load(tmp_path)
     assert len(caught) == 1 and "subjects cannot be told apart" in str(caught[0].message)
     assert [len(loaded[name].names) for name in dataset.SPLITS] == ([10, 10, 10] if with_validate else [9, 1, 10])
-    assert all(split.subjects is None for split in loaded.values())
+    assert all(split.subjects is None and split.labels is None for split in loaded.values())
     assert loaded["train"].names == sorted(loaded["train"].names)
+
+
+def test_labels_that_the_model_does_not_know_are_unknown(data):
+    write_slices(data / "keras_png_slices_validate", ["case_402_slice_2.nii.png", "case_402_slice_31.nii.png"])
+    validate = dataset.load(data)["validate"]
+    assert dataset.known_labels(validate, 3).tolist() == [0, 1, 2, -1]
+    assert dataset.known_labels(validate, 0).tolist() == [-1] * 4
+    nameless = dataset.known_labels(dataclasses.replace(validate, labels=None), 3)
+    assert nameless.tolist() == [-1] * 4 and nameless.dtype == dataset.known_labels(validate, 3).dtype == np.int32
+
+
+def test_one_nameless_slice_leaves_its_split_without_labels(data):
+    write_slices(data / "keras_png_slices_test", ["another.png"])
+    with pytest.warns(UserWarning, match="subjects cannot be told apart"):
+        loaded = dataset.load(data)
+    assert loaded["test"].labels is None and loaded["train"].labels.tolist() == [0, 1, 0, 1]
 
 
 def test_named_slices_give_no_warning(data):
@@ -281,10 +301,84 @@ def test_a_split_is_uint8_and_to_float_is_its_share_of_255(data):
 def test_mirroring_turns_a_slice_upside_down_once():
     """The heads lie on their side: their left and right are the picture's top and bottom."""
     images = np.random.default_rng(0).integers(0, 256, (3, 64, 64), "uint8")
-    variants = dataset.with_mirrored(images)
-    assert variants.dtype == np.uint8 and variants.shape == (3, 2, 64, 64)
-    np.testing.assert_array_equal(variants[:, 0], images)
-    np.testing.assert_array_equal(variants[:, 1], np.flip(images, axis=1))
+    for image, mirrored in zip(images, dataset.mirrored(images), strict=True):
+        np.testing.assert_array_equal(mirrored, np.flipud(image))
+    np.testing.assert_array_equal(dataset.mirrored(dataset.mirrored(images)), images)
+
+
+def disc(count=1, size=64, radius=10):
+    """Slices (count, size, size) of a soft disc right of the centre, far from the edges."""
+    down, across = np.mgrid[:size, :size] - (size - 1) / 2
+    picture = np.clip(0.5 + radius - np.hypot(down, across - 6), 0, 1)
+    return np.repeat(np.uint8(200 * picture)[None], count, axis=0)
+
+
+@pytest.fixture
+def changed(monkeypatch):
+    """`dataset.augment` with other limits; and, if asked, with every change at its limit."""
+
+    class AtTheLimit:
+        def uniform(self, low, high, size):
+            return np.full(size, high)
+
+    def change(images, limits, at_the_limit=True):
+        with monkeypatch.context() as patched:
+            patched.setattr(dataset, "CHANGE_LIMITS", np.array(limits))
+            if at_the_limit:
+                patched.setattr(np.random, "default_rng", lambda seed: AtTheLimit())
+            return dataset.augment(images, 0)
+
+    return change
+
+
+def test_changes_are_told_as_shares_of_their_limits():
+    pictures, told = dataset.augment(disc(50), seed=(0, 1))
+    assert pictures.shape == (50, 64, 64) and pictures.dtype == np.uint8
+    assert told.shape == (50, 6) and told.dtype == np.float32
+    assert (told[:, 5] == 1).all() and (np.abs(told[:, :5]) <= 1).all()
+    assert told[:, :5].min() < -0.9 and told[:, :5].max() > 0.9 and len(np.unique(told[:, :5])) == 250
+    assert len({picture.tobytes() for picture in pictures}) == 50
+
+
+def test_changes_depend_on_the_seed_alone():
+    first, again, other = (dataset.augment(disc(5), seed) for seed in ((0, 1), (0, 1), (1, 0)))
+    for i in range(2):
+        np.testing.assert_array_equal(first[i], again[i])
+        assert (first[i] != other[i]).any()
+
+
+def test_changes_of_nothing_give_the_slices_back(changed):
+    noise = np.random.default_rng(0).integers(0, 256, (3, 64, 64), "uint8")
+    np.testing.assert_array_equal(changed(noise, [0] * 5, at_the_limit=False)[0], noise)
+
+
+CHANGES = {
+    "a pixel down": ([1, 0, 0, 0, 0], lambda image: np.roll(image, 1, axis=0)),
+    "a pixel to the right": ([0, 1, 0, 0, 0], lambda image: np.roll(image, 1, axis=1)),
+    "a right angle": ([0, 0, 90, 0, 0], lambda image: np.rot90(image, -1)),
+    "squared": ([0, 0, 0, 0, np.log(2)], lambda image: np.rint(255 * (image / 255) ** 2)),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_change_is_what_it_says(name, changed):
+    """A turn takes what is on the right of the head to where a clock's hand would."""
+    limits, expected = CHANGES[name]
+    np.testing.assert_allclose(changed(disc(), limits)[0][0], expected(disc()[0]).astype(int), atol=1)
+    assert np.abs(expected(disc()[0]).astype(int) - disc()[0]).max() > 40
+
+
+def test_growth_is_of_lengths(changed):
+    grown = changed(disc(), [0, 0, 0, 0.5, 0])[0]
+    assert grown.sum() / disc().sum() == pytest.approx(1.5**2, rel=0.01)
+
+
+def test_the_told_shift_is_the_one_of_the_picture(changed):
+    def centre(images):
+        return np.array([ndimage.center_of_mass(image) for image in images])
+
+    pictures, told = changed(disc(20), [10, 5, 0, 0, 0], at_the_limit=False)
+    np.testing.assert_allclose(centre(pictures) - centre(disc(20)), told[:, :2] * [10, 5], atol=0.02)
 
 
 def numbered_batches(examples=12, seed=3, epochs=range(4)):
@@ -329,11 +423,37 @@ def test_every_example_is_shown_as_both_variants_about_equally():
 
 def test_batches_keep_the_type_and_shape_of_their_examples():
     images = np.random.default_rng(0).integers(0, 256, (5, 64, 64), "uint8")
-    batches = dataset.shuffled_batches(dataset.with_mirrored(images), 2, 0, range(1))
+    batches = dataset.shuffled_batches(np.stack([images, dataset.mirrored(images)], axis=1), 2, 0, range(1))
     for batch in batches:
         assert batch.dtype == tf.uint8 and batch.shape == (2, 64, 64)
         for image in batch.numpy():
             assert any((image == known).all() for known in (*images, *images[:, ::-1]))
+
+
+def test_arrays_that_belong_together_stay_together():
+    """Of any shape and type, and in the order of the same array on its own."""
+    numbers = np.arange(24).reshape(12, 2)
+    pictures = np.repeat(numbers[..., None, None], 3, axis=-1).astype("uint8")
+    batches = list(dataset.shuffled_batches((pictures, numbers, numbers / 8), 4, 3, range(2)))
+    assert len(batches) == 6
+    for picture, number, eighth in batches:
+        assert picture.shape == (4, 1, 3) and picture.dtype == tf.uint8 and eighth.dtype == tf.float64
+        np.testing.assert_array_equal(picture[:, 0, 0], number)
+        np.testing.assert_array_equal(eighth * 8, number)
+    alone = dataset.shuffled_batches(numbers, 4, 3, range(2))
+    np.testing.assert_array_equal([number for _, number, _ in batches], list(alone.as_numpy_iterator()))
+
+
+def test_a_function_of_batches_is_that_of_all():
+    sizes = []
+
+    def product(some, others):
+        sizes.append(len(some))
+        return some * others[:, None]
+
+    some, others = np.random.default_rng(0).random((10, 3)), np.arange(10.0)
+    np.testing.assert_array_equal(dataset.in_batches(product, some, others, batch_size=4), some * others[:, None])
+    assert sizes == [4, 4, 2]
 
 
 # --------------------------------------------------------------------------------------
@@ -430,17 +550,13 @@ def test_an_interrupted_phantom_leaves_no_folder_and_is_drawn_again(small_phanto
 
 
 def test_importing_the_modules_writes_and_prints_nothing(tmp_path):
-    """Caught as Python sees it: TensorFlow's own log goes past sys.stderr."""
+    """Nor does TensorFlow, whose log goes past sys.stderr; what comes later is written as ever."""
     (tmp_path / "import_all.py").write_text(
-        "import contextlib, io\n"
-        "printed = io.StringIO()\n"
-        "with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):\n"
-        "    import dataset, modules, predict, train\n"
-        "raise SystemExit(printed.getvalue() or 0)\n"
+        "import dataset, modules, predict, train\nimport sys\nprint('later', file=sys.stderr)\n"
     )
     empty = tmp_path / "empty"
     empty.mkdir()
     path = {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
     finished = run_script(tmp_path / "import_all.py", cwd=empty, env={**os.environ, **path})
     assert finished.returncode == 0, finished.stderr
-    assert finished.stdout == "" and os.listdir(empty) == []
+    assert finished.stdout == "" and finished.stderr == "later\n" and os.listdir(empty) == []

@@ -4,9 +4,12 @@ import dataclasses
 import json
 import os
 import re
+import shlex
 import shutil
 import sys
+import zipfile
 
+import keras
 import pytest
 from conftest import TINY, run_script
 from PIL import Image
@@ -17,13 +20,13 @@ import modules
 import predict
 import train
 
-# Lines on stderr that are not the message: TensorFlow's log, and the usage that argparse puts before an error.
-NOT_OURS = re.compile(r"[IWEF]\d{4} |WARNING: All log messages before absl|usage: |\s")
+# Lines on stderr that are not the message: the usage that argparse puts before an error.
+USAGE = re.compile(r"usage: |\s")
 
 
 def assert_refused(script, code, stderr, *expected):
     """Exit code 2, and one line that begins with the script's name and has all that is expected in it: that line."""
-    lines = [line for line in stderr.splitlines() if not NOT_OURS.match(line)]
+    lines = [line for line in stderr.splitlines() if not USAGE.match(line)]
     assert code == 2 and "Traceback" not in stderr
     assert len(lines) == 1 and lines[0].startswith(f"{script}.py: "), stderr
     for words in expected:
@@ -37,6 +40,7 @@ def refuse(capsys, monkeypatch):
 
     def check(script, arguments, *expected):
         monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py"])  # argparse begins its message with it
+        capsys.readouterr()
         try:
             code = script.main([str(argument) for argument in arguments])
         except SystemExit as stop:
@@ -103,6 +107,8 @@ FLAGS = [
     ("one sample has no covariance", predict, "--num-samples 1", "--num-samples", "at least 2"),
     ("seed -1, predict", predict, "--seed -1", "--seed", "from 0 to", "-1"),
     ("seed beyond int32", predict, f"--seed {2**31}", "--seed", "from 0 to"),
+    ("slice -1", predict, "--slice 3 -1", "--slice", "at least 0", "-1"),
+    ("no slice", predict, "--slice", "--slice"),
 ]
 
 
@@ -262,12 +268,14 @@ def stopped(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(stopped, tmp_path_factory):
-    """A place whose run has both models, as far as predict.py looks before it measures."""
+    """A place whose run has both models, as far as the scripts look before they train or measure."""
     place = Place(tmp_path_factory.mktemp("trained") / "copy")
     shutil.copytree(stopped.folder, place.folder)
     (place.run / "vqvae_last.keras").unlink()
-    modules.PixelCNN(16, (16, 16), filters=8, residual_blocks=2).save(place.run / "pixelcnn.keras")
+    modules.PixelCNN(16, (16, 16), filters=8, residual_blocks=2, num_labels=2).save(place.run / "pixelcnn.keras")
+    sums = {name: dataset.file_checksum(place.run / f"{name}.keras") for name in ("vqvae", "pixelcnn")}
     edit_config(lambda config: config["data"].update(folder=str(place.data)))(place)
+    edit_config(lambda config: config.update(finished=sums))(place)
     return place
 
 
@@ -302,11 +310,20 @@ def edit_history(edit):
     return spoil
 
 
-def cut_finished_vqvae(place):
-    """The VQ-VAE finished, the PixelCNN not begun, and the model it is to be fitted on cut off."""
-    (place.run / "vqvae_last.keras").unlink()
-    (place.run / "vqvae_loss.png").touch()
-    cut(place.run / "vqvae.keras")
+def another_model(name):
+    """Put a whole model of the same shape, but with other weights, in the place of one of a run."""
+
+    def spoil(place):
+        model = keras.saving.load_model(place.run / f"{name}.keras")
+        for weight in model.trainable_weights:
+            weight.assign(weight + 1e-3)
+        model.save(place.run / f"{name}.keras")
+
+    return spoil
+
+
+def unlink(name):
+    return lambda place: (place.run / name).unlink()
 
 
 def forget_slice(place):
@@ -336,27 +353,44 @@ BAD_RESUMES = [
     ("checkpoint cut", lambda p: cut(p.run / "vqvae_last.keras"), "vqvae_last.keras", "delete"),
     ("checkpoint damaged", lambda p: damage(p.run / "vqvae_last.keras"), "vqvae_last.keras", "delete"),
     ("checkpoint without bytes", lambda p: cut(p.run / "vqvae_last.keras", 0), "vqvae_last.keras", "delete"),
-    ("VQ-VAE cut", cut_finished_vqvae, "vqvae.keras", "delete"),
+    ("no config.json", unlink("config.json"), ".keras", "config.json", "another --run"),
     ("history without numbers", edit_history(lambda lines: [lines[0], "one,two"]), "vqvae_history.csv", "delete"),
     ("history without columns", edit_history(lambda lines: ["epoch", "1"]), "vqvae_history.csv", "delete"),
     ("history cut in a row", edit_history(lambda lines: [lines[0], lines[1][:9]]), "vqvae_history.csv", "delete"),
     ("history without rows", edit_history(lambda lines: lines[:1]), "vqvae_history.csv", "delete"),
     ("history without its first row", edit_history(lambda lines: [lines[0], lines[2]]), "vqvae_history.csv", "delete"),
-    ("no history", lambda p: (p.run / "vqvae_history.csv").unlink(), "vqvae_history.csv", "delete"),
+    ("no history", unlink("vqvae_history.csv"), "vqvae_history.csv", "delete"),
+    ("config.json without what is finished", edit_config(lambda c: c.pop("finished")), "config.json", "broken"),
 ]
+# The same for a run that is finished, or whose VQ-VAE is: its codes are those of that one and no other.
+BAD_FINISHED = [
+    ("no VQ-VAE", unlink("vqvae.keras"), "vqvae.keras", "restore", "another --run"),
+    ("no PixelCNN", unlink("pixelcnn.keras"), "pixelcnn.keras", "restore", "another --run"),
+    ("VQ-VAE cut", lambda p: cut(p.run / "vqvae.keras"), "vqvae.keras", "restore", "another --run"),
+    ("another VQ-VAE", another_model("vqvae"), "vqvae.keras", "restore", "another --run"),
+    ("another PixelCNN", another_model("pixelcnn"), "pixelcnn.keras", "restore", "another --run"),
+    (
+        "another VQ-VAE before the PixelCNN was begun",
+        lambda p: [f(p) for f in (edit_config(lambda c: c["finished"].pop("pixelcnn")), another_model("vqvae"))],
+        *("vqvae.keras", "restore", "another --run"),
+    ),
+    ("no config.json", unlink("config.json"), ".keras", "config.json", "another --run"),
+]
+REFUSED = [("stopped", *row) for row in BAD_RESUMES] + [("trained", *row) for row in BAD_FINISHED]
 
 
-@pytest.mark.parametrize("row", cases([(name, row) for name, *row in BAD_RESUMES]))
-def test_a_run_that_cannot_go_on_is_refused(row, stopped, refuse, tmp_path):
-    spoil, *expected = row
-    place = copy_of(stopped, tmp_path / "place")
+@pytest.mark.parametrize("row", cases([(f"{kind}, {name}", (kind, *row)) for kind, name, *row in REFUSED]))
+def test_a_run_that_cannot_go_on_is_refused(row, request, refuse, tmp_path):
+    """And not a byte of it is changed."""
+    kind, spoil, *expected = row
+    place = copy_of(request.getfixturevalue(kind), tmp_path / "place")
     spoil(place)
     before = {path.name: path.read_bytes() for path in place.run.iterdir()}
     refuse(train, place.train, str(place.run), *expected)
     assert {path.name: path.read_bytes() for path in place.run.iterdir()} == before
 
 
-@pytest.mark.parametrize("flags", ["--seed 1", "--filters 8 16", "--no-mirror", "--vqvae-epochs 4", "--dropout 0.2"])
+@pytest.mark.parametrize("flags", ["--seed 1", "--filters 8 16", "--no-mirror", "--vqvae-epochs 4", "--dropout 0.25"])
 def test_other_settings_are_refused_by_name(flags, stopped, refuse):
     flag = flags.split()[0].replace("--no-", "--")
     refuse(train, [*stopped.train, *flags.split()], str(stopped.run), f"{flag} ", "choose another --run")
@@ -374,31 +408,33 @@ def test_a_run_that_cannot_be_created_is_refused(data, refuse, tmp_path):
     refuse(train, ["--data", data, "--run", run], f"--run {run}", "choose another")
 
 
+def unfinish(name):
+    return edit_config(lambda config: config["finished"].pop(name))
+
+
 # What is done to a trained run, and what predict.py's message must have in it, beside the path of the run.
 BAD_RUNS = [
     ("not there", lambda p: shutil.rmtree(p.run), "no run", "python train.py --run"),
     ("empty", lambda p: empty(p.run), "no run", "python train.py --run"),
-    ("half of the VQ-VAE", lambda p: shutil.copy(p.run / "vqvae.keras", p.run / "vqvae_last.keras"), "vqvae", "again"),
-    ("no VQ-VAE", lambda p: (p.run / "vqvae.keras").unlink(), "vqvae", "again"),
-    ("no PixelCNN", lambda p: (p.run / "pixelcnn.keras").unlink(), "pixelcnn", "again"),
-    (
-        "half of the PixelCNN",
-        lambda p: shutil.copy(p.run / "pixelcnn.keras", p.run / "pixelcnn_last.keras"),
-        *("pixelcnn", "again"),
-    ),
+    ("half of the VQ-VAE", unfinish("vqvae"), "vqvae", "again"),
+    ("half of the PixelCNN", unfinish("pixelcnn"), "pixelcnn", "again"),
+    ("no VQ-VAE", unlink("vqvae.keras"), "vqvae"),
+    ("no PixelCNN", unlink("pixelcnn.keras"), "pixelcnn"),
+    ("another VQ-VAE", another_model("vqvae"), "vqvae.keras", "restore"),
+    ("another PixelCNN", another_model("pixelcnn"), "pixelcnn.keras", "restore"),
     ("VQ-VAE cut", lambda p: cut(p.run / "vqvae.keras"), "vqvae.keras", "broken", "train again"),
     ("VQ-VAE damaged", lambda p: damage(p.run / "vqvae.keras"), "vqvae.keras", "broken", "train again"),
     ("VQ-VAE without bytes", lambda p: cut(p.run / "vqvae.keras", 0), "vqvae.keras", "broken", "train again"),
     ("PixelCNN cut", lambda p: cut(p.run / "pixelcnn.keras"), "pixelcnn.keras", "broken", "train again"),
     ("PixelCNN damaged", lambda p: damage(p.run / "pixelcnn.keras"), "pixelcnn.keras", "broken", "train again"),
-    ("config.json cut", lambda p: cut(p.run / "config.json"), "config.json", "broken", "train again"),
-    ("config.json without bytes", write_config(""), "config.json", "broken", "train again"),
-    ("config.json a list", write_config("[]"), "config.json", "broken", "train again"),
-    ("config.json with a list", edit_config(lambda c: c.update(data=[])), "config.json", "broken", "train again"),
-    ("no settings", edit_config(lambda c: c.pop("settings")), "config.json", "broken", "train again"),
-    ("no K", edit_config(lambda c: c["settings"].pop("num_embeddings")), "config.json", "broken", "train again"),
-    ("no data folder", edit_config(lambda c: c["data"].pop("folder")), "config.json", "broken", "train again"),
-    ("no word on phantoms", edit_config(lambda c: c["data"].pop("phantom")), "config.json", "broken", "train again"),
+    ("config.json cut", lambda p: cut(p.run / "config.json"), "config.json", "broken", "--run"),
+    ("config.json without bytes", write_config(""), "config.json", "broken", "--run"),
+    ("config.json a list", write_config("[]"), "config.json", "broken", "--run"),
+    ("config.json with a list", edit_config(lambda c: c.update(data=[])), "config.json", "broken", "--run"),
+    ("no settings", edit_config(lambda c: c.pop("settings")), "config.json", "broken", "--run"),
+    ("no word on mirroring", edit_config(lambda c: c["settings"].pop("mirror")), "config.json", "broken", "--run"),
+    ("no data folder", edit_config(lambda c: c["data"].pop("folder")), "config.json", "broken", "--run"),
+    ("no word on phantoms", edit_config(lambda c: c["data"].pop("phantom")), "config.json", "broken", "--run"),
 ]
 
 
@@ -408,6 +444,18 @@ def test_a_run_that_cannot_be_measured_is_refused(row, trained, refuse, tmp_path
     place = copy_of(trained, tmp_path / "place")
     spoil(place)
     refuse(predict, ["--run", place.run], str(place.run), *expected)
+
+
+def test_a_level_the_run_does_not_know_is_refused(trained, refuse):
+    refuse(predict, ["--run", trained.run, "--slice", 1, 2], "--slice", "from 0 to 1", "not 2")
+
+
+def test_a_level_of_a_run_without_slice_numbers_is_refused(trained, refuse, tmp_path):
+    place = copy_of(trained, tmp_path / "place")
+    modules.PixelCNN(16, (16, 16), filters=8, residual_blocks=2).save(place.run / "pixelcnn.keras")
+    checksum = dataset.file_checksum(place.run / "pixelcnn.keras")
+    edit_config(lambda config: config["finished"].update(pixelcnn=checksum))(place)
+    refuse(predict, ["--run", place.run, "--slice", 1], "--slice", "no slice numbers", "case_N_slice_M")
 
 
 def test_data_that_moved_since_training_is_missed_by_name(trained, refuse, tmp_path):
@@ -428,8 +476,77 @@ def test_one_slice_is_too_few_to_measure_on(split, trained, refuse, tmp_path):
 
 
 # --------------------------------------------------------------------------------------
+# Model files
+# --------------------------------------------------------------------------------------
+
+
+def edit_model(path, edit):
+    """Let a function change the configuration in a .keras file."""
+    with zipfile.ZipFile(path) as archive:
+        files = {name: archive.read(name) for name in archive.namelist()}
+    config = json.loads(files["config.json"])
+    edit(config)
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in {**files, "config.json": json.dumps(config)}.items():
+            archive.writestr(name, content)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    path = tmp_path / "pixelcnn.keras"
+    modules.PixelCNN(4, (2, 2), filters=2, residual_blocks=1).save(path)
+    return path
+
+
+@pytest.mark.parametrize("spoil", [cut, damage, lambda path: cut(path, 0), replace_by_folder], ids=repr)
+def test_a_damaged_model_is_called_broken(spoil, saved):
+    assert isinstance(dataset.load_model(saved, "train again"), modules.PixelCNN)
+    spoil(saved)
+    with pytest.raises(dataset.UserError, match=re.escape(f"{saved} is broken ") + ".*train again"):
+        dataset.load_model(saved, "train again")
+
+
+def test_a_whole_model_that_cannot_be_opened_shows_its_cause(saved):
+    """As one of a later version would be: its class has an argument that this one does not know."""
+    edit_model(saved, lambda config: config["config"].update(wings=2))
+    with pytest.raises(dataset.UserError, match=re.escape(str(saved)) + ".*wings.*train again") as refusal:
+        dataset.load_model(saved, "train again")
+    assert "broken" not in str(refusal.value) and len(str(refusal.value).splitlines()) == 1
+
+
+def test_running_out_of_memory_is_not_damage(saved, monkeypatch):
+    def run_out(*arguments, **options):
+        raise MemoryError
+
+    monkeypatch.setattr(keras.saving, "load_model", run_out)
+    with pytest.raises(MemoryError):
+        dataset.load_model(saved, "train again")
+
+
+# --------------------------------------------------------------------------------------
 # As a user sees it
 # --------------------------------------------------------------------------------------
+
+
+def suggested(text):
+    """The words of the command that a message suggests, as a shell would read them."""
+    return shlex.split(re.search(r"(?:python|delete) (.*)", text)[1])
+
+
+def test_a_suggested_command_can_be_pasted_whatever_the_folder_is_called(tmp_path, monkeypatch, capsys):
+    run = tmp_path / "my 'first' run"
+    assert predict.main(["--run", str(run)]) == 2
+    assert suggested(capsys.readouterr().err) == ["train.py", "--run", str(run)]
+    run.mkdir()
+    (run / "config.json").write_text("{}")
+    assert predict.main(["--run", str(run)]) == 2
+    assert suggested(capsys.readouterr().err) == [str(run)]
+    (run / "config.json").unlink()
+    for owner, name in ((train, "fit_vqvae"), (train, "fit_pixelcnn"), (dataset, "load_model")):
+        monkeypatch.setattr(owner, name, lambda *arguments: None)  # no need to fit what is not looked at
+    data = write_data(tmp_path / "data", train=[1], validate=[402], test=[441])
+    assert train.main(["--data", str(data), "--run", str(run), *TINY]) == 0
+    assert suggested(capsys.readouterr().out) == ["predict.py", "--run", str(run)]
 
 
 @pytest.mark.parametrize("script", ["train", "dataset"])
