@@ -177,8 +177,14 @@ def parse_name(name):
     return match and (int(match[1]), int(match[2]))
 
 
-def list_slices(folder):
-    """Paths of the slices in one split folder, by case and slice number, else by name."""
+def slice_number(name):
+    """The number behind "slice" in a file name, as in case_001_slice_2.nii.png or P7-Slice02.jpg; None without one."""
+    match = re.search(r"(?<![a-z])slice[ _-]?(\d{1,9})(?!\d)", name.lower())
+    return match and int(match[1])
+
+
+def list_slices(folder, remedy="unzip the data again"):
+    """Paths of the slices in one folder, by case and slice number, else by name."""
     paths = [
         path
         for path in folder.iterdir()
@@ -186,7 +192,7 @@ def list_slices(folder):
         and not path.name.startswith((".", "seg_"))  # "._case_001..." is left behind by macOS zips
     ]
     if not paths:
-        raise UserError(f"{folder}: no slices in it (PNG or JPEG; seg_* masks do not count); unzip the data again")
+        raise UserError(f"{folder}: no slices in it (PNG or JPEG; seg_* masks do not count); {remedy}")
     return sorted(paths, key=lambda path: (parse_name(path.name) or (0, 0), path.name))
 
 

@@ -1,15 +1,19 @@
-"""Reconstructs the test slices, draws novel ones, and measures both.
+"""Reconstructs the test slices, draws novel ones, and measures both; or shows what is unexpected in other slices.
 
     python predict.py --run runs/oasis                   # a novel slice of the level of every test slice
     python predict.py --run runs/oasis --slice 5 20      # novel slices of these two levels in turn
     python predict.py --run runs/oasis --complete        # also completes the lower half of test slices
+    python predict.py --run runs/oasis --anomalies mine  # which slices of the folder "mine", and where in them
 
 Into the run directory go reconstructions.png, samples.png, samples.npz and report.json (with
---complete also completions.png). Everything is measured on the whole test split.
+--complete also completions.png). Everything is measured on the whole test split. With --anomalies
+none of these is made: anomalies/ gets anomalies.csv, anomalies.npz and a picture of each slice.
 """
 
 import argparse
+import csv
 import json
+import os
 import pathlib
 import shlex
 import sys
@@ -21,6 +25,8 @@ import dataset  # first, for it keeps TensorFlow's start-up log off the screen
 import matplotlib
 import numpy as np
 import scipy.linalg
+import tensorflow as tf
+from scipy import ndimage
 from skimage.metrics import structural_similarity
 
 import modules
@@ -333,6 +339,312 @@ def draw_completions(path, vqvae, pixelcnn, test, labels, codes, seed, temperatu
 
 
 # --------------------------------------------------------------------------------------
+# Anomalies
+# --------------------------------------------------------------------------------------
+
+REDRAWN = 90  # percentile of the validation slices' nats above which a code is redrawn
+SCORED = 98  # and above which it counts in the score of its slice
+SMOOTHING = 2  # pixels, standard deviation of the Gaussian that smooths each term of the map
+SPREAD_FLOOR = 0.1  # least standard deviation of a z-score, in [0, 1] of the pixels: registration is no better
+PERCENTILES = np.array([*range(100), 99.8])  # of a term; above the last its distribution is taken for exponential
+CALIBRATING = 128  # validation slices, evenly spaced, whose maps say what is normal
+# Slices at once: always as many, so that no number of a slice depends on the others, not even by rounding.
+EXAMINED = 16
+
+
+def upsample(maps):
+    """Bilinear: (N, h, w) -> (N, 64, 64)."""
+    return tf.image.resize(maps[..., None], (dataset.IMAGE_SIZE, dataset.IMAGE_SIZE)).numpy()[..., 0]
+
+
+def smooth(maps):
+    """Gaussian: (N, 64, 64) -> the same."""
+    return ndimage.gaussian_filter(maps, (0, SMOOTHING, SMOOTHING))
+
+
+class AnomalyDetector:
+    """How unexpected each code and each pixel of a slice is.
+
+    Score and restorations are those of Naval Marimont and Tarroni, arXiv 2012.06765, but that the codes to draw
+    anew are chosen at once and not in the raster loop, given those already restored: measured, that was better.
+
+    Four terms are strong on different changes; each is smoothed:
+        surprise: -ln p of the codes. Sees grey values in the wrong place, is blind to what no code expresses.
+        residual: of the plain reconstruction. Sees texture that no code expresses, and little else.
+        level: z-score of the pixels among the training slices of the same number.
+        restoration: z-score of the pixels among restorations, where surprising codes are drawn anew.
+
+    To be combined they need one unit: of each the map takes -ln p, p being the share of the validation slices'
+    pixels in which the term is higher, and of these the root of the sum of squares. (Their plain sum is Fisher's
+    statistic for independent tests, and hides what one term alone sees; their largest forgoes what several see a
+    little. It ranks pixels, and is no probability.) All thresholds and distributions are those of the validation
+    slices, so nothing is tuned to a run.
+
+    Args:
+        vqvae, pixelcnn: the models.
+        train, validate: pairs of images (N, 64, 64) in [0, 1] and labels int32 (N,), -1 where not known.
+        mirror: whether the prior has seen mirrored slices; then surprise is the mean of both raster orders.
+        restorations: R, draws of each slice.
+        seed: int.
+    """
+
+    def __init__(self, vqvae, pixelcnn, train, validate, mirror, restorations, seed):
+        self.vqvae, self.pixelcnn = vqvae, pixelcnn
+        self.mirror, self.restorations, self.seed = mirror, restorations, seed
+        self.measure_levels(*train)
+        images, labels = validate
+        nats = self.surprise(images, labels)
+        self.redraw_above, self.score_above = np.percentile(nats, [REDRAWN, SCORED])
+        self.scores = self.score(nats)
+        chosen = evenly(CALIBRATING, len(images))
+        terms = self.examine(images[chosen], labels[chosen])["terms"]
+        self.tails = {name: self.measure_tail(values) for name, values in terms.items()}
+
+    def measure_levels(self, images, labels):
+        """Mean and standard deviation of the pixels at each label; those of all slices come last, for -1."""
+        levels = [images[labels == label] for label in range(self.pixelcnn.num_labels)]
+        levels = [level if len(level) else images for level in levels] + [images]
+        self.mean = np.stack([level.mean(axis=0) for level in levels])
+        self.spread = np.maximum([level.std(axis=0) for level in levels], SPREAD_FLOOR)
+
+    def surprise(self, images, labels):
+        """-ln p of each code given the earlier ones and the label: (N, h, w), nats."""
+        parts = [self.nats(self.vqvae.encode(batch), of)[:count] for batch, of, count in fixed_batches(images, labels)]
+        return np.concatenate(parts)
+
+    def nats(self, codes, labels):
+        return self.pixelcnn.nll(codes, tf.constant(labels)).numpy()
+
+    def score(self, surprise):
+        """Sum of the surprise of the codes that are beyond the validation slices' percentile: (N, h, w) -> (N,)."""
+        return np.where(surprise > self.score_above, surprise, 0).sum(axis=(1, 2), dtype=np.float64)
+
+    def percentile(self, scores):
+        """Percentage of the validation slices that score lower: (N,) -> (N,)."""
+        return 100 * np.searchsorted(np.sort(self.scores), scores) / len(self.scores)
+
+    def restore(self, codes, nats, labels):
+        """Restorations of each slice, in which codes above the threshold are drawn anew: (N, R, 64, 64) in [0, 1].
+
+        Draw r of every slice has the same random numbers, whichever slices are examined with it.
+        """
+        count = len(codes)
+        known = np.repeat(np.where(nats > self.redraw_above, -1, codes), self.restorations, axis=0)
+        streams = np.tile(np.arange(self.restorations), count)
+        labels = np.repeat(labels, self.restorations)
+        restored = self.vqvae.decode(self.pixelcnn.restore(known, labels, np.inf, streams, self.seed))
+        return restored.numpy().reshape(count, self.restorations, dataset.IMAGE_SIZE, dataset.IMAGE_SIZE)
+
+    def examine(self, images, labels):
+        """What the maps are made of.
+
+        Args:
+            images: (N, 64, 64) in [0, 1].
+            labels: int32 (N,), -1 where not known.
+
+        Returns: {"surprise": (N, h, w) in nats, "restored": the mean of the restorations (N, 64, 64),
+            "terms": {name: (N, 64, 64)}}.
+        """
+        progress = dataset.progress_bar(len(images), "slice")
+        batches, done = [], 0
+        for batch, of, count in fixed_batches(images, labels):
+            found = self.examine_batch(batch[..., 0], of)
+            batches.append(tf.nest.map_structure(lambda values, count=count: values[:count], found))
+            done += count
+            progress.update(done)
+        return tf.nest.map_structure(lambda *parts: np.concatenate(parts), *batches)
+
+    def examine_batch(self, images, labels):
+        codes = self.vqvae.encode(images[..., None])
+        reconstructed = self.vqvae.decode(codes).numpy()[..., 0]
+        nats = both = self.nats(codes, labels)
+        if self.mirror:  # what comes last in one order comes first in the other
+            turned = self.vqvae.encode(dataset.mirrored(images)[..., None])
+            both = (nats + dataset.mirrored(self.nats(turned, labels))) / 2
+        restored = self.restore(codes.numpy(), nats, labels)
+        mean, spread = restored.mean(axis=1), restored.std(axis=1)
+        terms = {
+            "surprise": upsample(both),
+            "residual": np.abs(images - reconstructed),
+            "level": np.abs(images - self.mean[labels]) / self.spread[labels],
+            "restoration": np.abs(images - mean) / (spread + SPREAD_FLOOR),
+        }
+        return {"surprise": nats, "restored": mean, "terms": {name: smooth(term) for name, term in terms.items()}}
+
+    @staticmethod
+    def measure_tail(values):
+        """PERCENTILES of a term of the validation slices, and the mean excess over the last of those above it."""
+        percentiles = np.percentile(values, PERCENTILES)
+        beyond = values[values > percentiles[-1]] - percentiles[-1]
+        return percentiles, max(beyond.mean() if len(beyond) else 0.0, 1e-6)
+
+    def anomaly_map(self, terms):
+        """Root of the sum of the squared -ln p of the terms: {name: (N, 64, 64)} -> (N, 64, 64), at least 0."""
+        squares = 0
+        for name, values in terms.items():
+            percentiles, excess = self.tails[name]
+            body = np.interp(values, percentiles, -np.log(1 - PERCENTILES / 100))
+            squares += np.square(body + np.maximum(values - percentiles[-1], 0) / excess)
+        return np.sqrt(squares).astype(np.float32)
+
+
+def fixed_batches(images, labels):
+    """Batches of EXAMINED slices (EXAMINED, 64, 64, 1), their labels, and how many of them are not padding."""
+    for start in range(0, len(images), EXAMINED):
+        batch, of = images[start : start + EXAMINED], labels[start : start + EXAMINED]
+        padding = EXAMINED - len(batch)
+        padded = np.pad(batch, [[0, padding], [0, 0], [0, 0]])
+        yield padded[..., None], np.pad(of, [0, padding], constant_values=-1), len(batch)
+
+
+def numbers_of(names, options, num_labels):
+    """The label of each file: from its name, else --slice, else -1; -1 too for a number that the run does not know."""
+    numbers = [dataset.slice_number(name) for name in names]
+    fallback = asked_labels(options, num_labels, [-1])[0]
+    labels = np.array([fallback if number is None else number for number in numbers])
+    unknown = labels >= num_labels
+    if unknown.any():
+        knows = f"0 to {num_labels - 1}" if num_labels else "none"
+        print(
+            f"note: the slice numbers of {unknown.sum()} names are not among those of this run ({knows}): "
+            "these slices are examined as of a number that is not known"
+        )
+    return np.where(unknown, -1, labels).astype(np.int32)
+
+
+def picture_names(names):
+    """NAME.png of each file NAME.xyz; NAME.xyz.png where two files would share it."""
+    stems = [pathlib.Path(name).stem for name in names]
+    shared = {stem for stem in stems if stems.count(stem) > 1}
+    return [f"{name if stem in shared else stem}.png" for name, stem in zip(names, stems)]
+
+
+def draw_anomalies(folder, found, captions):
+    """A picture of each slice: input, surprise, mean restoration, anomaly map, on one scale for the whole folder."""
+    kinds = {
+        "input": (found["images"], "gray", 1),
+        "surprise, nats": (found["surprise"], "inferno", found["surprise"].max()),
+        "mean restoration": (found["restored"], "gray", 1),
+        "anomaly map": (found["anomaly_map"], "inferno", found["anomaly_map"].max()),
+    }
+    figure, axes = plt.subplots(1, len(kinds), figsize=(9.6, 2.7), layout="constrained", dpi=85)
+    shown = []
+    for axis, (title, (values, cmap, highest)) in zip(axes, kinds.items()):
+        show(axis, values[0], cmap=cmap, vmax=highest)
+        axis.set_title(title, fontsize=9)
+        shown.append(axis.images[0])
+        if cmap != "gray":
+            figure.colorbar(shown[-1], ax=axis, shrink=0.8).ax.tick_params(labelsize=7)
+    heading = figure.suptitle(captions[0], fontsize=9, parse_math=False)
+    figure.canvas.draw()
+    figure.set_layout_engine("none")
+    heading.set_visible(False)
+    figure.canvas.draw()
+    heading.set_visible(True)
+    # The frame is drawn once and only the maps and the heading anew: a third of the time.
+    frame = figure.canvas.copy_from_bbox(figure.bbox)
+    print(f"drawing {len(captions)} pictures")
+    progress = dataset.progress_bar(len(captions), "picture")
+    for i, name in enumerate(picture_names(found["names"])):
+        figure.canvas.restore_region(frame)
+        for axis, image, (values, *_) in zip(axes, shown, kinds.values()):
+            image.set_data(values[i])
+            axis.draw_artist(image)
+        heading.set_text(captions[i])
+        figure.draw_artist(heading)
+        pixels = np.asarray(figure.canvas.buffer_rgba())
+        dataset.write_whole(folder / name, lambda temporary, pixels=pixels: plt.imsave(temporary, pixels, format="png"))
+        progress.update(i + 1)
+    plt.close(figure)
+
+
+def detectors(options, config, vqvae, pixelcnn):
+    """A function that gives the `AnomalyDetector` for slices whose number is known, or is not."""
+    folder = options.data or config["data"]["folder"]
+    splits = dataset.load(folder, ("train", "validate"))
+    found = dataset.fingerprint(splits)
+    if others := [name for name in splits if found[name] != config["data"].get(name)]:
+        print(f"note: other {', '.join(others)} slices than those of the training")
+    images = {name: split.images.astype(np.float32) / 255 for name, split in splits.items()}
+    labels = {name: dataset.known_labels(split, pixelcnn.num_labels) for name, split in splits.items()}
+
+    def detector(known):
+        print(f"examining validation slices, to know what is normal{'' if known else ' without a number'}")
+        # A slice is compared with validation slices of which the prior is told as much.
+        validate = images["validate"], labels["validate"] if known else np.full_like(labels["validate"], -1)
+        train = images["train"], labels["train"]
+        mirror = config["settings"]["mirror"]
+        return AnomalyDetector(vqvae, pixelcnn, train, validate, mirror, options.restorations, options.seed)
+
+    return detector
+
+
+def find_anomalies(options):
+    print(modules.set_up_devices())
+    run, folder = pathlib.Path(options.run), pathlib.Path(options.anomalies)
+    config, vqvae, pixelcnn = load_run(run)
+    if not folder.is_dir():
+        raise dataset.UserError(f"--anomalies {folder}: no such folder; name one with PNG or JPEG slices in it")
+    results = run / "anomalies"
+    if folder.resolve() == results.resolve():
+        raise dataset.UserError(f"--anomalies {folder}: the pictures would overwrite the slices; name another folder")
+    paths = dataset.list_slices(folder, "put some there, or name another folder")
+    names = [path.name for path in paths]
+    labels = numbers_of(names, options, pixelcnn.num_labels)
+    images = dataset.read_images(paths, "anomalies").astype(np.float32) / 255
+
+    detector = detectors(options, config, vqvae, pixelcnn)
+    parts, order = [], []
+    for known in (True, False):
+        chosen = np.flatnonzero((labels >= 0) == known)
+        if not len(chosen):
+            continue
+        normal = detector(known)
+        print(f"examining {len(chosen)} slices")
+        found = normal.examine(images[chosen], labels[chosen])
+        found["anomaly_map"] = normal.anomaly_map(found.pop("terms"))
+        found["score"] = normal.score(found["surprise"])
+        found["percentile"] = normal.percentile(found["score"])
+        parts.append(found)
+        order.extend(chosen)
+    back = np.argsort(order)
+    found = {name: np.concatenate([part[name] for part in parts])[back] for name in parts[0]}
+    found = {"names": np.array(names), "images": images, "labels": labels, **found}
+    save_anomalies(results, found)
+    kind = "phantom" if config["data"]["phantom"] else "slice"
+    captions = [f"{name}: score {found['score'][i]:.1f}, above {found['percentile'][i]:.0f} % of the validation {kind}s"
+                for i, name in enumerate(names)]  # fmt: skip
+    draw_anomalies(results, found, [os.fsencode(caption).decode("utf-8", "replace") for caption in captions])
+
+
+def save_anomalies(folder, found):
+    """anomalies.npz, in the order of the folder, and anomalies.csv, the most surprising first."""
+    with dataset.told_if_it_fails(folder):
+        folder.mkdir(exist_ok=True)
+    arrays = {name: values for name, values in found.items() if name != "percentile"}
+
+    def save_arrays(path):
+        with open(path, "wb") as file:
+            np.savez_compressed(file, **arrays)
+
+    rows = []
+    for i in np.argsort(-found["score"], kind="stable"):
+        rows.append(
+            [found["names"][i], found["labels"][i], f"{found['score'][i]:.4f}", f"{found['percentile'][i]:.1f}"]
+        )
+
+    def save_table(path):
+        with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+            csv.writer(file).writerows([["name", "slice", "score", "percentile"], *rows])
+
+    dataset.write_whole(folder / "anomalies.npz", save_arrays)
+    dataset.write_whole(folder / "anomalies.csv", save_table)
+    print(f"{folder / 'anomalies.csv'}: of {len(rows)} slices the most surprising are")
+    for name, _, score, percentile in rows[:5]:
+        print(f"  {score:>9}, above {percentile:>5} % of the validation slices: {ascii(str(name))[1:-1]}")
+
+
+# --------------------------------------------------------------------------------------
 # Main
 # --------------------------------------------------------------------------------------
 
@@ -343,12 +655,29 @@ def parse_arguments(arguments):
     parser.add_argument("--run", default="runs/oasis", help="folder that train.py filled (default: %(default)s)")
     parser.add_argument("--num-samples", type=int, metavar="N", help="default: the number of test slices")
     parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="1 samples the model itself")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the novel slices (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of all that is drawn (default: %(default)s)")
     parser.add_argument(
-        "--slice", type=int, nargs="+", metavar="N", help="levels to draw, in turn (default: the test's)"
+        "--slice",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="levels to draw, in turn (default: the test's); of --anomalies the one where names tell none",
     )
     parser.add_argument("--complete", action="store_true", help="draw the lower half of test slices, given the upper")
+    parser.add_argument("--anomalies", metavar="FOLDER", help="show what is unexpected in the slices of this folder")
+    parser.add_argument("--restorations", type=int, metavar="N", help="draws of each of them (default: 8)")
     options = parser.parse_args(arguments)
+    if options.anomalies is None:
+        if options.restorations is not None:
+            parser.error("--restorations is for --anomalies")
+    elif options.complete or options.num_samples is not None or options.temperature != 1:
+        parser.error("--anomalies draws no novel slices: leave out --complete, --num-samples and --temperature")
+    elif options.slice and len(options.slice) > 1:
+        parser.error("--slice with --anomalies is one number, that of all slices whose names have none")
+    if options.restorations is None:
+        options.restorations = 8
+    if not 1 <= options.restorations <= 100:
+        parser.error(f"--restorations must be from 1 to 100, not {options.restorations}")
     if options.num_samples is not None and options.num_samples < 2:
         parser.error(f"--num-samples must be at least 2, not {options.num_samples}")
     if not 0.01 <= options.temperature <= 100:
@@ -402,16 +731,13 @@ def load_data(options, config):
     }
 
 
-def asked_labels(options, pixelcnn, test_labels):
-    """The label of each novel slice: those of --slice in turn, else those of the test slices."""
-    if options.slice and not pixelcnn.num_labels:
+def asked_labels(options, num_labels, otherwise):
+    """The labels of --slice, after a look whether this run knows them; `otherwise` without."""
+    if options.slice and not num_labels:
         raise dataset.UserError("--slice: this run knows no slice numbers, its files were not named case_N_slice_M")
-    if options.slice and max(options.slice) >= pixelcnn.num_labels:
-        raise dataset.UserError(
-            f"--slice must be from 0 to {pixelcnn.num_labels - 1} in this run, not {max(options.slice)}"
-        )
-    labels = options.slice or test_labels
-    return np.resize(labels, options.num_samples or len(test_labels)).astype(np.int32)
+    if options.slice and max(options.slice) >= num_labels:
+        raise dataset.UserError(f"--slice must be from 0 to {num_labels - 1} in this run, not {max(options.slice)}")
+    return options.slice or otherwise
 
 
 def predict(options):
@@ -422,7 +748,8 @@ def predict(options):
     kind = "phantom" if data["phantom"] else "slice"
     train, test = (splits[name].images.astype(np.float32) / 255 for name in ("train", "test"))
     train_labels, test_labels = (dataset.known_labels(splits[name], pixelcnn.num_labels) for name in ("train", "test"))
-    labels = asked_labels(options, pixelcnn, test_labels)
+    labels = asked_labels(options, pixelcnn.num_labels, test_labels)
+    labels = np.resize(labels, options.num_samples or len(test_labels)).astype(np.int32)
     subjects = splits["test"].subjects
 
     print("encoding and reconstructing")
@@ -479,7 +806,7 @@ def predict(options):
 def main(arguments=None):
     options = parse_arguments(arguments)
     try:
-        predict(options)
+        (predict if options.anomalies is None else find_anomalies)(options)
     except dataset.UserError as error:
         print(f"predict.py: {error}", file=sys.stderr)
         return 2
