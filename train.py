@@ -96,9 +96,9 @@ ORIGINAL = {
 # A few hundred phantoms, and a demo that ends in minutes: smaller batches for more steps.
 DEMO = {
     "vqvae_batch_size": 32,
-    "vqvae_epochs": 12,
+    "vqvae_epochs": 16,
     "pixelcnn_batch_size": 32,
-    "pixelcnn_epochs": 8,
+    "pixelcnn_epochs": 24,
 }
 
 
