@@ -304,7 +304,7 @@ def draw_samples(path, samples, labels, nearest, similarity, caption):
     """Rows of novel slices, and under each the nearest training slice."""
     shown = pictured(labels)
     rows, columns = shown.shape
-    figure, axes = plt.subplots(2 * rows, columns, figsize=(1.2 * columns, 2.85 * rows + 0.5), squeeze=False)
+    figure, axes = plt.subplots(2 * rows, columns, figsize=(1.15 * columns, 2.7 * rows + 0.5), squeeze=False)
     for (row, column), i in np.ndenumerate(shown):
         show(axes[2 * row, column], samples[i], f"slice {labels[i]}" if labels[i] >= 0 else "")
         show(axes[2 * row + 1, column], nearest[i], f"SSIM {similarity[i]:.2f}")
