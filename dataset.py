@@ -196,7 +196,7 @@ def list_slices(folder, remedy="unzip the data again"):
     return sorted(paths, key=lambda path: (parse_name(path.name) or (0, 0), path.name))
 
 
-def decode(path):
+def read_slice(path):
     """One image file -> its grey image, area-averaged to uint8 (64, 64)."""
     image = tf.io.decode_image(tf.io.read_file(path), channels=1, expand_animations=False)
     image = tf.image.resize(image, (IMAGE_SIZE, IMAGE_SIZE), method="area")
@@ -205,7 +205,7 @@ def decode(path):
 
 def is_broken(path):
     try:
-        decode(os.fsencode(path))
+        read_slice(os.fsencode(path))
     except tf.errors.OpError:
         return True
     return False
@@ -215,7 +215,7 @@ def read_images(paths, label):
     """Decode files in parallel: list of paths -> uint8 (N, 64, 64). Every broken file is reported."""
     images = np.empty((len(paths), IMAGE_SIZE, IMAGE_SIZE), np.uint8)
     decoded = tf.data.Dataset.from_tensor_slices([os.fsencode(path) for path in paths])
-    decoded = decoded.map(decode, num_parallel_calls=tf.data.AUTOTUNE).batch(256).prefetch(2)
+    decoded = decoded.map(read_slice, num_parallel_calls=tf.data.AUTOTUNE).batch(256).prefetch(2)
     print(f"{label}: reading {len(paths)} slices")
     progress = progress_bar(len(paths), "slice")
     done = 0
@@ -390,6 +390,16 @@ def in_batches(function, *arrays, batch_size=256):
     """function(*arrays), a batch at a time, so that the memory it takes does not grow with N: (N, ...) -> (N, ...)."""
     parts = [slice(start, start + batch_size) for start in range(0, len(arrays[0]), batch_size)]
     return np.concatenate([function(*(tf.constant(array[part]) for array in arrays)) for part in parts])
+
+
+def codes_of(vqvae, images):
+    """float32 (N, H, W) in [0, 1] -> codes int32 (N, h, w)."""
+    return in_batches(vqvae.encode, images[..., None])
+
+
+def images_of(vqvae, codes):
+    """Codes int32 (N, h, w) -> float32 (N, H, W) in [0, 1]."""
+    return in_batches(vqvae.decode, codes)[..., 0]
 
 
 # --------------------------------------------------------------------------------------

@@ -130,21 +130,6 @@ def histogram_entropy(codes, num_embeddings):
     return float(-np.sum(share[share > 0] * np.log(share[share > 0])))
 
 
-# --------------------------------------------------------------------------------------
-# Models
-# --------------------------------------------------------------------------------------
-
-
-def encode(vqvae, images):
-    """Images (N, 64, 64) -> codes int32 (N, h, w)."""
-    return dataset.in_batches(vqvae.encode, images[..., None])
-
-
-def decode(vqvae, codes):
-    """Codes (N, h, w) -> images (N, 64, 64)."""
-    return dataset.in_batches(vqvae.decode, codes)[..., 0]
-
-
 def nats_of_slices(pixelcnn, codes, labels):
     """Mean negative log-likelihood of the codes of each slice under the prior, exact and not a bound: (N,), nats."""
     return dataset.in_batches(pixelcnn.nll, codes, labels).mean(axis=(1, 2), dtype=np.float64)
@@ -321,7 +306,7 @@ def draw_completions(path, vqvae, pixelcnn, test, labels, codes, seed, temperatu
     known = np.repeat(codes[chosen], draws, axis=0)
     known[:, codes.shape[1] // 2 :] = -1
     drawn = pixelcnn.sample(len(known), seed, temperature, known=known, labels=np.repeat(labels[chosen], draws))
-    completed = decode(vqvae, drawn)
+    completed = dataset.images_of(vqvae, drawn)
     completed = completed.reshape(len(chosen), draws, *test.shape[1:])
     figure, axes = plt.subplots(1 + draws, len(chosen), figsize=(1.5 * len(chosen), 6.6), squeeze=False)
     for axis, original, drawn in zip(axes.T, test[chosen], completed):
@@ -753,13 +738,13 @@ def predict(options):
     subjects = splits["test"].subjects
 
     print("encoding and reconstructing")
-    train_codes, test_codes = encode(vqvae, train), encode(vqvae, test)
-    reconstructed = decode(vqvae, test_codes)
+    train_codes, test_codes = dataset.codes_of(vqvae, train), dataset.codes_of(vqvae, test)
+    reconstructed = dataset.images_of(vqvae, test_codes)
 
     print(f"sampling {len(labels)} novel {kind}s")
     started = time.time()
     codes = pixelcnn.sample(len(labels), options.seed, options.temperature, labels=labels).numpy()
-    samples = decode(vqvae, codes)
+    samples = dataset.images_of(vqvae, codes)
     seconds = time.time() - started
 
     seen = train, train_labels

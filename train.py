@@ -457,21 +457,16 @@ def fit_pixelcnn(stage, settings, vqvae, train, validate):
         settings,
         lambda: make_pixelcnn(settings, num_labels),
         (
-            np.stack([encode(vqvae, images) for images in pictures], axis=1),
+            np.stack([dataset.codes_of(vqvae, images / np.float32(255)) for images in pictures], axis=1),
             np.repeat(train_labels[:, None], len(pictures), axis=1),
             np.stack(changes, axis=1),
         ),
-        (encode(vqvae, validate.images), validate_labels),
+        (dataset.codes_of(vqvae, validate.images / np.float32(255)), validate_labels),
         settings.pixelcnn_batch_size,
         settings.pixelcnn_learning_rate,
         prepare=lambda *inputs: (inputs,),
         warmup_epochs=settings.pixelcnn_warmup_epochs,
     )
-
-
-def encode(vqvae, images):
-    """Codes of uint8 images (N, 64, 64) -> int32 (N, h, w)."""
-    return dataset.in_batches(lambda batch: vqvae.encode(dataset.to_float(batch)), images)
 
 
 def main(arguments=None):

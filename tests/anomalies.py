@@ -183,7 +183,7 @@ def maps_of(detector, images, labels, clean_reconstructed):
     """Every row of the first table: {name: (N, 64, 64)}; and the surprise (N, h, w)."""
     found = detector.examine(images, labels)
     terms, surprise = found["terms"], predict.upsample(found["surprise"])
-    reconstructed = predict.decode(detector.vqvae, predict.encode(detector.vqvae, images))
+    reconstructed = dataset.images_of(detector.vqvae, dataset.codes_of(detector.vqvae, images))
     residual = np.abs(images - reconstructed)
     restored = np.abs(images - found["restored"])
     return {
@@ -251,7 +251,7 @@ def main():
     labels = dataset.known_labels(split, pixelcnn.num_labels)[chosen]
     heads = np.array([head_of(image) for image in images[chosen]])
 
-    reconstructed = predict.decode(vqvae, predict.encode(vqvae, images[chosen]))
+    reconstructed = dataset.images_of(vqvae, dataset.codes_of(vqvae, images[chosen]))
     unchanged = slice_scores(detector, *maps_of(detector, images[chosen], labels, reconstructed))
     prevalence, precision, dice, slices, curves = {}, {}, {}, {}, {}
     for kind in KINDS:

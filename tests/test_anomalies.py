@@ -30,7 +30,7 @@ def write_run(folder, phantoms, num_labels):
     vqvae.fit(images[..., None], verbose=0, epochs=2)
     pixelcnn = modules.PixelCNN(16, (16, 16), filters=8, residual_blocks=2, num_labels=num_labels)
     pixelcnn.compile(optimizer=keras.optimizers.Adam(3e-3))
-    pixelcnn.fit(predict.encode(vqvae, images), verbose=0, epochs=2)
+    pixelcnn.fit(dataset.codes_of(vqvae, images), verbose=0, epochs=2)
     finished = {}
     for name, model in (("vqvae", vqvae), ("pixelcnn", pixelcnn)):
         model.save(folder / f"{name}.keras")
@@ -233,7 +233,7 @@ def test_the_label_counts(detector, slices):
 def validation_nats(detector, phantoms, known):
     split = dataset.load(phantoms, ("train", "validate"))["validate"]
     labels = split.labels if known else np.full_like(split.labels, -1)
-    codes = predict.encode(detector.vqvae, split.images.astype(np.float32) / 255)
+    codes = dataset.codes_of(detector.vqvae, split.images.astype(np.float32) / 255)
     return dataset.in_batches(detector.pixelcnn.nll, codes, labels)
 
 
@@ -253,9 +253,9 @@ def test_thresholds_are_percentiles_of_the_validation_slices(detect, phantoms, s
 
 def test_only_codes_beyond_the_threshold_are_drawn_anew(detector, slices):
     images, labels = (part[:16] for part in slices)
-    codes = predict.encode(detector.vqvae, images)
+    codes = dataset.codes_of(detector.vqvae, images)
     kept = detector.restore(codes, np.zeros(codes.shape), labels)
-    assert np.allclose(kept, predict.decode(detector.vqvae, codes)[:, None], atol=1e-6)
+    assert np.allclose(kept, dataset.images_of(detector.vqvae, codes)[:, None], atol=1e-6)
     drawn = detector.restore(codes, np.full(codes.shape, np.inf), labels)
     assert not np.allclose(drawn, kept, atol=0.01)
 

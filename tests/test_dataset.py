@@ -90,7 +90,7 @@ def test_decodes_the_grey_picture_a_viewer_shows(kind, size, tmp_path):
     convert, ending, tolerance = KINDS[kind]
     path = tmp_path / f"picture.{ending}"
     convert(colourful(*size)).save(path)
-    decoded = dataset.decode(str(path)).numpy()
+    decoded = dataset.read_slice(str(path)).numpy()
     assert decoded.dtype == np.uint8 and decoded.shape == (64, 64)
     assert np.abs(decoded - area_resized(viewer_grey(path))).max() <= tolerance + 1e-3
 
@@ -100,19 +100,19 @@ def test_the_comparison_with_a_viewer_tells_wrong_greys_apart(tmp_path):
     path = tmp_path / "picture.png"
     rgb = colourful(100, 77)
     rgb.save(path)
-    decoded = dataset.decode(str(path)).numpy()
+    decoded = dataset.read_slice(str(path)).numpy()
     assert np.abs(decoded - area_resized(np.asarray(rgb).mean(axis=-1))).max() > 10
     assert np.abs(decoded - area_resized(viewer_grey(path)).T).max() > 10
     KINDS["16-bit"][0](rgb).save(path)
     low_byte = np.asarray(Image.open(path)) % 256
-    assert np.abs(dataset.decode(str(path)).numpy() - area_resized(low_byte)).max() > 10
+    assert np.abs(dataset.read_slice(str(path)).numpy() - area_resized(low_byte)).max() > 10
 
 
 def test_area_resize_is_the_mean_of_4x4_blocks(tmp_path):
     """And, as a control, not the nearest pixel: on noise the two are far apart."""
     pixels = np.random.default_rng(0).integers(0, 256, (256, 256), "uint8")
     Image.fromarray(pixels).save(tmp_path / "noise.png")
-    decoded = dataset.decode(str(tmp_path / "noise.png")).numpy()
+    decoded = dataset.read_slice(str(tmp_path / "noise.png")).numpy()
     np.testing.assert_array_equal(decoded, np.rint(pixels.reshape(64, 4, 64, 4).mean(axis=(1, 3))))
     nearest = tf.image.resize(pixels[..., None], (64, 64), method="nearest").numpy()[..., 0]
     assert np.abs(decoded.astype(int) - nearest).mean() > 30
@@ -132,7 +132,7 @@ def test_order_is_by_case_then_slice_number(tmp_path):
     assert split.subjects == [name[:8] for name in names]
     assert split.labels.tolist() == [0, 2, 10] * 3 and split.labels.dtype == np.int32
     for name, image in zip(names, split.images):
-        np.testing.assert_array_equal(image, dataset.decode(str(tmp_path / name)))
+        np.testing.assert_array_equal(image, dataset.read_slice(str(tmp_path / name)))
 
 
 def test_more_slices_than_a_batch_of_the_reader_keep_their_order(tmp_path):

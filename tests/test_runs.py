@@ -295,7 +295,7 @@ def test_a_mirrored_training_slice_is_no_novelty(was_mirrored, axis, is_known, c
     config["settings"]["mirror"] = was_mirrored
     (copied_run / "config.json").write_text(json.dumps(config))
     flipped = np.flip(dataset.load(other_data)["train"].images / np.float32(255), axis)
-    monkeypatch.setattr(predict, "decode", lambda vqvae, codes: flipped[: len(codes)])
+    monkeypatch.setattr(dataset, "images_of", lambda vqvae, codes: flipped[: len(codes)])
     for name in ("draw_reconstructions", "draw_samples"):
         monkeypatch.setattr(predict, name, lambda *arguments: None)
     assert predict.main(["--run", str(copied_run), "--data", str(other_data)]) == 0
