@@ -448,6 +448,9 @@ class MaskedConv2D(layers.Layer):
            1 0 0       1 1 0
            0 0 0       0 0 0
 
+    A stack of these has a blind spot [3, section 2.2]: of the rows above it never sees what lies further to the
+    right than one column a row. The 7x7 first layer and `GlobalContext` see into it.
+
     Only the visible entries of the kernel exist as weights, and the rows below are never multiplied.
     (Assigning a masked kernel inside `call`, as in [4]'s sister example, trains and saves the
     hidden entries.)
@@ -621,14 +624,14 @@ class ResidualBlock(layers.Layer):
         hidden = tf.nn.relu(self.masked(tf.nn.relu(self.narrow(tf.nn.relu(x)))))
         return x + self.widen(self.drop(hidden, training=training))
 
-    def step(self, x, seen):
+    def step(self, x, earlier):
         """`call` at one position, from cached activations [5].
 
         Args: x (B, filters); what all earlier positions give to `masked` here (B, filters / 2).
         Returns: the output (B, filters), and the input of `masked` here (B, filters / 2).
         """
         current = tf.nn.relu(self.narrow(tf.nn.relu(x)))
-        hidden = seen + tf.matmul(current, self.masked.kernel[-1])
+        hidden = earlier + tf.matmul(current, self.masked.kernel[-1])
         return x + self.widen(tf.nn.relu(hidden)), current
 
     def get_config(self):
@@ -909,8 +912,6 @@ class PixelCNN(MeanOverSlices):
         """`restore` as one graph: codes (N, h, w), and -ln p of each, float32 (N, h, w)."""
         pictures = tf.shape(known)[0]
         height, width = self.grid
-        table = self.first.table()
-        left_kernels = tf.stack([block.masked.kernel[-2] for block in self.blocks])
 
         # The cache: what the next row looks at.
         codes_above = tf.fill((pictures, self.first.radius, width), -1)
@@ -920,59 +921,97 @@ class PixelCNN(MeanOverSlices):
         all_nats = tf.TensorArray(tf.float32, height)
 
         for row in tf.range(height):
-            # All that the rows above contribute, at once for the whole row, column first.
-            start = self.first.above(table, codes_above)
-            if self.learned_position:
-                start += self.position[row]
-            if self.num_labels:
-                start += self.label_map(labels, self.label_maps[:, row])
-            start = tf.transpose(start, (1, 0, 2))
-            above = self.blocks_above(hidden_above)
-            # Gumbel noise, added to logits, makes the largest a draw from the categorical distribution.
-            # Unlike the noise of Categorical.sample, that of a stream does not depend on N.
-            noise_shape = (tf.reduce_max(streams) + 1, width, self.num_embeddings)
-            noise = tfp.distributions.Gumbel(0.0, 1.0).sample(noise_shape, seed=tf.stack([seed, row]))
-            noise = tf.gather(noise, streams)
+            noise = self.gumbel_noise(streams, seed, row)
 
-            left_codes = tf.fill((pictures, self.first.radius), -1)
-            left = tf.zeros((len(self.blocks), pictures, self.filters // 2))
-            row_codes = tf.TensorArray(tf.int32, width)
-            row_nats = tf.TensorArray(tf.float32, width)
-            row_hidden = tf.TensorArray(tf.float32, width)
-            row_features = [tf.TensorArray(tf.float32, width) for _ in self.contexts]
-            summed = [sums[i, row] for i in range(len(self.contexts))]
-            for column in tf.range(width):
-                x = start[column] + self.first.beside(table, left_codes)
-                seen = tf.unstack(above[column] + tf.matmul(left, left_kernels))
-                hidden, features, sums_here = [], [], []
-                for i, block in enumerate(self.blocks):
-                    if self.contexts and i % CONTEXT_EVERY == 0:
-                        j = i // CONTEXT_EVERY
-                        x, sum_here, features_here = self.contexts[j].step(x, summed[j], row, column)
-                        sums_here.append(sum_here), features.append(features_here)
-                    x, current = block.step(x, seen[i])
-                    hidden.append(current)
-                logits = self.logits(x)
+            def choose(logits, column, row=row, noise=noise):
+                """The code of one position, drawn or kept (N,), and its -ln p (N,): logits (N, K)."""
                 drawn = tf.argmax(logits / temperature + noise[:, column], axis=-1, output_type=tf.int32)
                 given = known[:, row, column]
                 kept = (given >= 0) & (negative_log_likelihood(logits, tf.maximum(given, 0)) <= keep_up_to)
                 codes = tf.where(kept, given, drawn)
-                left_codes = tf.concat([left_codes[:, 1:], codes[:, None]], axis=1)
-                left, summed = tf.stack(hidden), sums_here
-                row_hidden = row_hidden.write(column, left)
-                row_features = [array.write(column, value) for array, value in zip(row_features, features)]
-                row_codes = row_codes.write(column, codes)
-                row_nats = row_nats.write(column, negative_log_likelihood(logits, codes))
+                return codes, negative_log_likelihood(logits, codes)
 
-            codes = tf.transpose(row_codes.stack())
+            start, above = self.row_start(codes_above, labels, row), self.blocks_above(hidden_above)
+            codes, nats, hidden_above, features = self.draw_row(row, start, above, sums, choose)
             codes_above = tf.concat([codes_above[:, 1:], codes[:, None]], axis=1)
-            hidden_above = row_hidden.stack()
             if self.contexts:
-                sums += tf.stack([c.share(array.stack(), row) for c, array in zip(self.contexts, row_features)])
+                sums += tf.stack([context.share(of, row) for context, of in zip(self.contexts, features)])
             all_codes = all_codes.write(row, codes)
-            all_nats = all_nats.write(row, tf.transpose(row_nats.stack()))
+            all_nats = all_nats.write(row, nats)
 
         return tf.transpose(all_codes.stack(), (1, 0, 2)), tf.transpose(all_nats.stack(), (1, 0, 2))
+
+    def draw_row(self, row, start, above, sums, choose):
+        """One row of `draw`, from left to right.
+
+        Args:
+            row: its number.
+            start: what enters the blocks but for the codes to the left (w, N, C).
+            above: what the row above gives to the masked convolutions (w, blocks, N, C / 2).
+            sums: of the contexts over the rows above (contexts, h, N, F).
+            choose: (logits (N, K), column) -> codes (N,), their -ln p (N,).
+
+        Returns: codes (N, w); -ln p (N, w); inputs of the masked convolutions (w, blocks, N, C / 2);
+            features of each context, a list of (w, N, F).
+        """
+        pictures, width = tf.shape(start)[1], self.grid[1]
+        table = self.first.table()
+        left_kernels = tf.stack([block.masked.kernel[-2] for block in self.blocks])
+        left_codes = tf.fill((pictures, self.first.radius), -1)
+        left_hidden = tf.zeros((len(self.blocks), pictures, self.filters // 2))
+        summed = [sums[i, row] for i in range(len(self.contexts))]
+        all_codes = tf.TensorArray(tf.int32, width)
+        all_nats = tf.TensorArray(tf.float32, width)
+        all_hidden = tf.TensorArray(tf.float32, width)
+        all_features = [tf.TensorArray(tf.float32, width) for _ in self.contexts]
+        for column in tf.range(width):
+            x = start[column] + self.first.beside(table, left_codes)  # (N, C)
+            earlier = above[column] + tf.matmul(left_hidden, left_kernels)  # (blocks, N, C / 2)
+            logits, left_hidden, summed, features = self.step(x, earlier, summed, row, column)
+            codes, nats = choose(logits, column)
+            left_codes = tf.concat([left_codes[:, 1:], codes[:, None]], axis=1)
+            all_codes = all_codes.write(column, codes)
+            all_nats = all_nats.write(column, nats)
+            all_hidden = all_hidden.write(column, left_hidden)
+            all_features = [array.write(column, value) for array, value in zip(all_features, features)]
+        features = [array.stack() for array in all_features]
+        return tf.transpose(all_codes.stack()), tf.transpose(all_nats.stack()), all_hidden.stack(), features
+
+    def step(self, x, earlier, summed, row, column):
+        """`call` at one position, from cached activations [5].
+
+        Args: what enters the blocks (N, C); what the earlier positions give to the masked convolutions
+            (blocks, N, C / 2); the sums of each context over them, a list of (N, F); the position.
+        Returns: logits (N, K); the inputs of the masked convolutions here (blocks, N, C / 2); the sums, this
+            position included; the features of each context here, a list of (N, F).
+        """
+        hidden, sums, features = [], [], []
+        for i, (block, from_earlier) in enumerate(zip(self.blocks, tf.unstack(earlier))):
+            if self.contexts and i % CONTEXT_EVERY == 0:
+                j = i // CONTEXT_EVERY
+                x, summed_here, features_here = self.contexts[j].step(x, summed[j], row, column)
+                sums.append(summed_here), features.append(features_here)
+            x, hidden_here = block.step(x, from_earlier)
+            hidden.append(hidden_here)
+        return self.logits(x), tf.stack(hidden), sums, features
+
+    def row_start(self, codes_above, labels, row):
+        """What enters the blocks in a row, but for the codes to the left: (N, radius, w), (N,) -> (w, N, C)."""
+        start = self.first.above(self.first.table(), codes_above)  # (N, w, C)
+        if self.learned_position:
+            start += self.position[row]
+        if self.num_labels:
+            start += self.label_map(labels, self.label_maps[:, row])
+        return tf.transpose(start, (1, 0, 2))
+
+    def gumbel_noise(self, streams, seed, row):
+        """Noise that, added to logits, makes the largest a draw from the categorical distribution: (N, w, K).
+
+        Unlike the noise of Categorical.sample, that of a stream does not depend on N.
+        """
+        shape = (tf.reduce_max(streams) + 1, self.grid[1], self.num_embeddings)
+        noise = tfp.distributions.Gumbel(0.0, 1.0).sample(shape, seed=tf.stack([seed, row]))
+        return tf.gather(noise, streams)
 
     def blocks_above(self, hidden):
         """What a row gives to the masked convolutions of the next, for all blocks in one product.
