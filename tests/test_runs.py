@@ -24,6 +24,7 @@ import modules
 import predict
 import train
 
+needs_full_device = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="only Linux has /dev/full")
 FILES = [
     *("config.json", "report.json", "samples.npz", "samples.png", "reconstructions.png", "completions.png"),
     *("vqvae.keras", "vqvae_history.csv", "vqvae_loss.png"),
@@ -418,6 +419,7 @@ def assert_ends_as(run, finished_run, tolerance):
             np.testing.assert_allclose(weight, expected_weight, rtol=100 * tolerance, atol=tolerance)
 
 
+@needs_full_device
 def test_stopped_run_ends_as_the_uninterrupted_one(finished_run, phantoms, tmp_path, monkeypatch, capsys):
     """The disk is full once; then killed before a file of every kind has its name."""
     run, open_run = tmp_path / "run", train.open_run
@@ -602,6 +604,7 @@ def test_file_under_its_final_name_is_the_old_one_until_the_new_is_whole(tmp_pat
     assert json.loads(path.read_text()) == {"old": 1}
 
 
+@needs_full_device
 def test_full_disk_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "report.json"
     dataset.write_json(path, {"old": 1})
