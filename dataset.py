@@ -330,6 +330,11 @@ def mirrored(images):
     return images[:, ::-1]
 
 
+def shown_variants(images, mirror):
+    """What a model is shown of unchanged slices: [(N, H, W)] as they are, and mirrored where `mirror` says so."""
+    return [images] + [mirrored(images)] * mirror
+
+
 # What `augment` changes at most: pixels down and across, degrees, growth, and ln gamma.
 CHANGE_LIMITS = np.array([2, 2, 4, 0.04, 0.12])
 

@@ -898,7 +898,7 @@ class PixelCNN(MeanOverSlices):
         labels = np.full(len(known), -1) if labels is None else np.asarray(labels)
         if labels.shape != (len(known),):
             raise ValueError(f"labels must have shape {(len(known),)}, got {labels.shape}")
-        if len(labels) and not -1 <= labels.min() <= labels.max() < max(self.num_labels, 0):
+        if len(labels) and not -1 <= labels.min() <= labels.max() < self.num_labels:
             raise ValueError(f"labels must be from -1 to {self.num_labels - 1}, got {labels.min()} to {labels.max()}")
         # Tensors, not Python numbers: those would trace the graph again for every seed.
         integers = (tf.cast(value, tf.int32) for value in (known, labels, streams, seed))

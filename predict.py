@@ -547,8 +547,7 @@ def detectors(options, config, vqvae, pixelcnn):
     """A function that gives the `AnomalyDetector` for slices whose number is known, or is not."""
     folder = options.data or config["data"]["folder"]
     splits = dataset.load(folder, ("train", "validate"))
-    found = dataset.fingerprint(splits)
-    if others := [name for name in splits if found[name] != config["data"].get(name)]:
+    if others := other_splits(dataset.fingerprint(splits), config):
         print(f"note: other {', '.join(others)} slices than those of the training")
     images = {name: split.images.astype(np.float32) / 255 for name, split in splits.items()}
     labels = {name: dataset.known_labels(split, pixelcnn.num_labels) for name, split in splits.items()}
@@ -695,6 +694,11 @@ def load_run(run):
     return config, *models
 
 
+def other_splits(found, config):
+    """The splits of a fingerprint that are not those the run was trained with."""
+    return [name for name in found if found[name] != config["data"].get(name)]
+
+
 def load_data(options, config):
     """The splits, and what report.json says of them."""
     folder = options.data or config["data"]["folder"]
@@ -703,7 +707,7 @@ def load_data(options, config):
         if len(splits[name].images) < 2:  # one has no covariance
             raise dataset.UserError(f"keras_png_slices_{name} has 1 slice, the measures need at least 2: add some")
     found = dataset.fingerprint(splits)
-    others = [name for name in splits if found[name] != config["data"].get(name)]
+    others = other_splits(found, config)
     if others:
         print(f"note: other {', '.join(others)} slices than those of the training; report.json says so")
     return splits, {
@@ -747,9 +751,8 @@ def predict(options):
     samples = dataset.images_of(vqvae, codes)
     seconds = time.time() - started
 
-    seen = train, train_labels
-    if config["settings"]["mirror"]:
-        seen = np.concatenate([train, dataset.mirrored(train)]), np.tile(train_labels, 2)
+    shown = dataset.shown_variants(train, config["settings"]["mirror"])
+    seen = np.concatenate(shown), np.tile(train_labels, len(shown))
     measures, nearest, similarity = measure_samples(
         samples, labels, (test, test_labels), reconstructed, (train, train_labels), seen, options.seed
     )

@@ -427,7 +427,7 @@ def make_pixelcnn(settings, num_labels=0):
 
 def fit_vqvae(stage, settings, train, validate):
     """Slices of two splits -> stage.best."""
-    pictures = [train.images] + [dataset.mirrored(train.images)] * settings.mirror
+    pictures = dataset.shown_variants(train.images, settings.mirror)
     fit(
         stage,
         settings,
@@ -442,7 +442,7 @@ def fit_vqvae(stage, settings, train, validate):
 
 def fit_pixelcnn(stage, settings, vqvae, train, validate):
     """The same slices, encoded once -> stage.best."""
-    pictures = [train.images] + [dataset.mirrored(train.images)] * settings.mirror
+    pictures = dataset.shown_variants(train.images, settings.mirror)
     unchanged = np.zeros((len(train.images), len(dataset.CHANGE_LIMITS) + 1), np.float32)
     changes = [unchanged] * len(pictures)
     for number in range(settings.augmentations):
