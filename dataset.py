@@ -56,79 +56,6 @@ IMAGE_SIZE = 64  # pixels a side, after resizing
 HELD_OUT = 10  # without a validate folder, one subject in this many is held out of train
 
 
-class UserError(Exception):
-    """Something the user can mend; shown as one line, without a traceback."""
-
-
-@contextlib.contextmanager
-def told_if_it_fails(path):
-    """A full disk or a missing permission, while `path` is written, is told in one line."""
-    try:
-        yield
-    except (OSError, tf.errors.OpError) as error:
-        reason = getattr(error, "strerror", None) or type(error).__name__
-        raise UserError(f"{path} cannot be written ({reason}): mend that, then give the same command again") from None
-
-
-def write_whole(path, write):
-    """Call write(temporary path), then rename: a file under its final name is always complete."""
-    temporary = path.with_name(f"partial_{path.name}")
-    with told_if_it_fails(path):
-        try:
-            write(temporary)
-            os.replace(temporary, path)
-        except OSError:
-            temporary.unlink(missing_ok=True)  # half a file would keep the disk full
-            raise
-
-
-def write_json(path, content):
-    write_whole(path, lambda temporary: temporary.write_text(json.dumps(content, indent=2, default=float) + "\n"))
-
-
-def read_config(run):
-    """config.json of a run, as a dictionary; None where there is no run yet."""
-    path = run / "config.json"
-    if not path.exists():
-        return None
-    try:
-        config = json.loads(path.read_text())
-        complete = {"folder", "phantom"} <= config["data"].keys() and "mirror" in config["settings"]
-        if complete and all(isinstance(config[part], dict) for part in ("settings", "data", "versions", "finished")):
-            return config
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        pass
-    raise UserError(f"{path} is broken: choose another --run, or delete {shlex.quote(str(run))}")
-
-
-def file_checksum(path):
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def load_model(path, remedy, **options):
-    """The model in a .keras file; where the file is cut off or damaged, the user is told the remedy."""
-    try:
-        with zipfile.ZipFile(path) as archive:  # Keras loads damaged weights without a word
-            if damaged := archive.testzip():
-                raise zipfile.BadZipFile(f"checksum of {damaged}")
-    except (OSError, EOFError, ValueError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"{path} is broken ({type(error).__name__}): {remedy}") from None
-    try:
-        return keras.saving.load_model(path, **options)
-    except (TypeError, ValueError) as error:  # of an older version of these scripts, say
-        cause = str(error).strip().splitlines()[0]
-        raise UserError(f"{path} is whole, but this version cannot open it ({cause}): {remedy}") from error
-
-
-def progress_verbosity():
-    """Of Keras's bars: they move on a terminal, and are a single line in a log."""
-    return 1 if sys.stdout.isatty() else 2
-
-
-def progress_bar(total, unit):
-    return keras.utils.Progbar(total, unit_name=unit, verbose=progress_verbosity())
-
-
 @dataclasses.dataclass
 class Split:
     """The slices of one split, ordered by case and slice number."""
@@ -512,6 +439,84 @@ def write_phantom(folder, train=24, validate=4, test=4, seed=0):
                     tf.io.write_file(str(path), tf.io.encode_png(picture[..., None]))
                 progress.add(1)
         partial.rename(folder)
+
+
+# --------------------------------------------------------------------------------------
+# Files of a run, progress and errors
+# --------------------------------------------------------------------------------------
+
+
+class UserError(Exception):
+    """Something the user can mend; shown as one line, without a traceback."""
+
+
+@contextlib.contextmanager
+def told_if_it_fails(path):
+    """A full disk or a missing permission, while `path` is written, is told in one line."""
+    try:
+        yield
+    except (OSError, tf.errors.OpError) as error:
+        reason = getattr(error, "strerror", None) or type(error).__name__
+        raise UserError(f"{path} cannot be written ({reason}): mend that, then give the same command again") from None
+
+
+def write_whole(path, write):
+    """Call write(temporary path), then rename: a file under its final name is always complete."""
+    temporary = path.with_name(f"partial_{path.name}")
+    with told_if_it_fails(path):
+        try:
+            write(temporary)
+            os.replace(temporary, path)
+        except OSError:
+            temporary.unlink(missing_ok=True)  # half a file would keep the disk full
+            raise
+
+
+def write_json(path, content):
+    write_whole(path, lambda temporary: temporary.write_text(json.dumps(content, indent=2, default=float) + "\n"))
+
+
+def read_config(run):
+    """config.json of a run, as a dictionary; None where there is no run yet."""
+    path = run / "config.json"
+    if not path.exists():
+        return None
+    try:
+        config = json.loads(path.read_text())
+        complete = {"folder", "phantom"} <= config["data"].keys() and "mirror" in config["settings"]
+        if complete and all(isinstance(config[part], dict) for part in ("settings", "data", "versions", "finished")):
+            return config
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass
+    raise UserError(f"{path} is broken: choose another --run, or delete {shlex.quote(str(run))}")
+
+
+def file_checksum(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def load_model(path, remedy, **options):
+    """The model in a .keras file; where the file is cut off or damaged, the user is told the remedy."""
+    try:
+        with zipfile.ZipFile(path) as archive:  # Keras loads damaged weights without a word
+            if damaged := archive.testzip():
+                raise zipfile.BadZipFile(f"checksum of {damaged}")
+    except (OSError, EOFError, ValueError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"{path} is broken ({type(error).__name__}): {remedy}") from None
+    try:
+        return keras.saving.load_model(path, **options)
+    except (TypeError, ValueError) as error:  # of an older version of these scripts, say
+        cause = str(error).strip().splitlines()[0]
+        raise UserError(f"{path} is whole, but this version cannot open it ({cause}): {remedy}") from error
+
+
+def progress_verbosity():
+    """Of Keras's bars: they move on a terminal, and are a single line in a log."""
+    return 1 if sys.stdout.isatty() else 2
+
+
+def progress_bar(total, unit):
+    return keras.utils.Progbar(total, unit_name=unit, verbose=progress_verbosity())
 
 
 if __name__ == "__main__":
