@@ -196,11 +196,23 @@ def open_run(run, settings, data_folder, data, phantom):
 # --------------------------------------------------------------------------------------
 
 
-class Stage:
-    """The files of one model in the run directory."""
+@dataclasses.dataclass
+class Schedule:
+    """How long, and in what steps, a model is fitted."""
 
-    def __init__(self, run, name, epochs):
-        self.name, self.epochs = name, epochs
+    epochs: int
+    batch_size: int
+    learning_rate: float  # Adam's, at its highest
+    warmup_epochs: int = 0  # over which it rises to that
+    cosine_decay: bool = True  # whether it then falls to 0 along half a cosine
+    seed: int = 0  # of the weights, the order of the examples and the dropout
+
+
+class Stage:
+    """One model of a run: its schedule, and its files in the run directory."""
+
+    def __init__(self, run, name, schedule):
+        self.name, self.schedule = name, schedule
         self.best = run / f"{name}.keras"
         self.last = run / f"{name}_last.keras"  # model and optimizer, to resume from; gone when finished
         self.history = run / f"{name}_history.csv"
@@ -244,6 +256,7 @@ class Stage:
                 f"{self.best} is not the model that this run was finished with: restore it, or choose another --run"
             )
         self.last.unlink(missing_ok=True)  # a run that was killed at the end of `finish` leaves it behind
+        print(f"{self.name}: finished before, {self.best}")
         return True
 
     def finish(self, rows):
@@ -278,9 +291,9 @@ class Checkpoint(keras.callbacks.Callback):
     so the best model always is that of a row.
     """
 
-    def __init__(self, stage, rows, seed):
+    def __init__(self, stage, rows):
         super().__init__()
-        self.stage, self.rows, self.seed = stage, rows, seed
+        self.stage, self.rows = stage, rows
 
     def on_train_begin(self, logs=None):
         self.keep_best()
@@ -290,7 +303,7 @@ class Checkpoint(keras.callbacks.Callback):
         # Dropout depends on the number of the step alone, as the data order does: resuming needs no hidden state.
         states = [v for v in self.model.non_trainable_variables if v.name == "seed_generator_state"]
         for number, state in enumerate(states):
-            state.assign([self.seed + 7919 * number, int(self.model.optimizer.iterations.numpy())])
+            state.assign([self.stage.schedule.seed + 7919 * number, int(self.model.optimizer.iterations.numpy())])
 
     def on_epoch_end(self, epoch, logs=None):
         row = {"epoch": epoch + 1, "seconds": round(time.time() - self.started, 2), **logs}
@@ -303,26 +316,28 @@ class Checkpoint(keras.callbacks.Callback):
         self.stage.write_history(self.rows)
         dataset.write_whole(self.stage.last, self.model.save)
         self.keep_best()
-        left = np.median([row["seconds"] for row in self.rows]) * (self.stage.epochs - len(self.rows))
-        print(f"{self.stage.name}: epoch {len(self.rows)} of {self.stage.epochs}, about {left / 60:.0f} min left")
+        epochs = self.stage.schedule.epochs
+        left = np.median([row["seconds"] for row in self.rows]) * (epochs - len(self.rows))
+        print(f"{self.stage.name}: epoch {len(self.rows)} of {epochs}, about {left / 60:.0f} min left")
 
     def keep_best(self):
         if self.rows and min(self.rows, key=selection_loss) is self.rows[-1]:
             dataset.write_whole(self.stage.best, lambda path: save_alone(self.model, path))
 
 
-def learning_rates(highest, steps, warmup_steps, cosine_decay):
-    """Adam's learning rate: a rise from 0, then half a cosine that ends in 0 at the last step; or a constant."""
-    if not cosine_decay:
+def learning_rates(schedule, steps):
+    """Adam's learning rate at each step, `steps` an epoch: a rise from 0, then half a cosine to 0; or a constant."""
+    highest, warmup = schedule.learning_rate, schedule.warmup_epochs * steps
+    if not schedule.cosine_decay:
         return highest
-    if not warmup_steps:
-        return keras.optimizers.schedules.CosineDecay(highest, steps)
+    if not warmup:
+        return keras.optimizers.schedules.CosineDecay(highest, schedule.epochs * steps)
     return keras.optimizers.schedules.CosineDecay(
-        0.0, max(steps - warmup_steps, 1), warmup_target=highest, warmup_steps=warmup_steps
+        0.0, max(schedule.epochs * steps - warmup, 1), warmup_target=highest, warmup_steps=warmup
     )
 
 
-def fit(stage, settings, make_model, variants, validation, batch_size, learning_rate, prepare, warmup_epochs=0):
+def fit(stage, make_model, variants, validation, prepare):
     """Fit a model to its last epoch, from where an earlier call was stopped, if it was.
 
     Args:
@@ -332,32 +347,31 @@ def fit(stage, settings, make_model, variants, validation, batch_size, learning_
         validation: validation examples (N, ...).
         prepare: batch of examples -> what the model is fitted on.
     """
+    schedule = stage.schedule
     examples = len(tf.nest.flatten(variants)[0])
-    batch_size = min(batch_size, examples)
+    batch_size = min(schedule.batch_size, examples)
     steps = examples // batch_size
-    strategy = modules.choose_strategy()
-    with strategy.scope():
+    with modules.choose_strategy().scope():
         if stage.last.exists():
             model = dataset.load_model(stage.last, f"delete it, and {stage.name} starts again from its first epoch")
         else:
-            keras.utils.set_random_seed(settings.seed)
+            keras.utils.set_random_seed(schedule.seed)
             model = make_model()
-            schedule = learning_rates(learning_rate, steps * stage.epochs, steps * warmup_epochs, settings.cosine_decay)
-            model.compile(optimizer=keras.optimizers.Adam(schedule))
+            model.compile(optimizer=keras.optimizers.Adam(learning_rates(schedule, steps)))
         model.jit_compile = modules.use_xla()  # a saved model has the choice of the machine that saved it
 
     done = int(model.optimizer.iterations.numpy()) // steps
     rows = stage.read_history(done)
     if done:
-        print(f"{stage.name}: goes on after epoch {done} of {stage.epochs}")
-    batches = dataset.shuffled_batches(variants, batch_size, settings.seed, range(done, stage.epochs))
+        print(f"{stage.name}: goes on after epoch {done} of {schedule.epochs}")
+    batches = dataset.shuffled_batches(variants, batch_size, schedule.seed, range(done, schedule.epochs))
     model.fit(
         batches.map(prepare),
         validation_data=tf.data.Dataset.from_tensor_slices(validation).batch(batch_size).map(prepare),
         initial_epoch=done,
-        epochs=stage.epochs,
+        epochs=schedule.epochs,
         steps_per_epoch=steps,
-        callbacks=[Checkpoint(stage, rows, settings.seed)],
+        callbacks=[Checkpoint(stage, rows)],
         shuffle=False,  # done by the batches
         verbose=dataset.progress_verbosity(),
     )
@@ -425,86 +439,99 @@ def make_pixelcnn(settings, num_labels=0):
     )
 
 
-def fit_vqvae(stage, settings, train, validate):
-    """Slices of two splits -> stage.best."""
-    pictures = dataset.shown_variants(train.images, settings.mirror)
-    fit(
-        stage,
-        settings,
-        lambda: make_vqvae(settings, data_variance=np.var(train.images / np.float32(255))),
-        np.stack(pictures, axis=1),
-        validate.images,
+def fit_vqvae(run, settings, train, validate):
+    """The VQ-VAE of a run, fitted on the slices of two splits."""
+    schedule = Schedule(
+        settings.vqvae_epochs,
         settings.vqvae_batch_size,
         settings.vqvae_learning_rate,
-        prepare=dataset.to_float,
+        cosine_decay=settings.cosine_decay,
+        seed=settings.seed,
     )
+    stage = Stage(run, "vqvae", schedule)
+    if not stage.is_finished():
+        fit(
+            stage,
+            lambda: make_vqvae(settings, data_variance=np.var(train.images / np.float32(255))),
+            np.stack(dataset.shown_variants(train.images, settings.mirror), axis=1),
+            validate.images,
+            prepare=dataset.to_float,
+        )
+    return dataset.load_model(stage.best, "choose another --run")
 
 
-def fit_pixelcnn(stage, settings, vqvae, train, validate):
-    """The same slices, encoded once -> stage.best."""
-    pictures = dataset.shown_variants(train.images, settings.mirror)
-    unchanged = np.zeros((len(train.images), len(dataset.CHANGE_LIMITS) + 1), np.float32)
-    changes = [unchanged] * len(pictures)
-    for number in range(settings.augmentations):
-        print(f"changed copies of the training slices, {number + 1} of {settings.augmentations}")
-        changed = dataset.augment(pictures[number % (1 + settings.mirror)], (settings.seed, number))
-        pictures.append(changed[0]), changes.append(changed[1])
-
-    num_labels = 0 if train.labels is None else 1 + int(train.labels.max())
-    train_labels, validate_labels = (dataset.known_labels(split, num_labels) for split in (train, validate))
-    fit(
-        stage,
-        settings,
-        lambda: make_pixelcnn(settings, num_labels),
-        (
-            np.stack([dataset.codes_of(vqvae, images / np.float32(255)) for images in pictures], axis=1),
-            np.repeat(train_labels[:, None], len(pictures), axis=1),
-            np.stack(changes, axis=1),
-        ),
-        (dataset.codes_of(vqvae, validate.images / np.float32(255)), validate_labels),
+def fit_pixelcnn(run, settings, vqvae, train, validate):
+    """The PixelCNN of a run, fitted on the codes of the same slices, with the slice numbers as labels."""
+    schedule = Schedule(
+        settings.pixelcnn_epochs,
         settings.pixelcnn_batch_size,
         settings.pixelcnn_learning_rate,
-        prepare=lambda *inputs: (inputs,),
-        warmup_epochs=settings.pixelcnn_warmup_epochs,
+        settings.pixelcnn_warmup_epochs,
+        settings.cosine_decay,
+        settings.seed,
     )
+    stage = Stage(run, "pixelcnn", schedule)
+    if stage.is_finished():
+        return
+    num_labels = 0 if train.labels is None else 1 + int(train.labels.max())
+    train_labels, validate_labels = (dataset.known_labels(split, num_labels) for split in (train, validate))
+    codes, changes = encode_variants(vqvae, train.images, settings)
+    fit(
+        stage,
+        lambda: make_pixelcnn(settings, num_labels),
+        (codes, np.repeat(train_labels[:, None], codes.shape[1], axis=1), changes),
+        (dataset.codes_of(vqvae, validate.images / np.float32(255)), validate_labels),
+        prepare=lambda *inputs: (inputs,),
+    )
+
+
+def encode_variants(vqvae, images, settings):
+    """What the PixelCNN is shown of each slice: as it is, mirrored, and changed copies of both in turn.
+
+    Args: images, uint8 (N, H, W).
+    Returns: codes, int32 (N, V, h, w); the changes of each, float32 (N, V, 6), see `dataset.augment`.
+    """
+    pictures = dataset.shown_variants(images, settings.mirror)
+    changes = [np.zeros((len(images), len(dataset.CHANGE_LIMITS) + 1), np.float32)] * len(pictures)
+    for number in range(settings.augmentations):
+        print(f"changed copies of the training slices, {number + 1} of {settings.augmentations}")
+        changed, told = dataset.augment(pictures[number % (1 + settings.mirror)], (settings.seed, number))
+        pictures.append(changed), changes.append(told)
+    codes = [dataset.codes_of(vqvae, images / np.float32(255)) for images in pictures]
+    return np.stack(codes, axis=1), np.stack(changes, axis=1)
+
+
+def prepare_run(settings, options):
+    """The run directory, with its config.json, and the data: {name: Split}."""
+    run = options.run
+    if run.exists() and not run.is_dir():
+        raise dataset.UserError(f"--run {run} is a file: choose another")
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise dataset.UserError(f"--run {run} cannot be created ({error.strerror}): choose another") from None
+    if options.demo and not options.data.exists():
+        dataset.write_phantom(options.data)
+    splits = dataset.load(options.data)
+    open_run(run, settings, options.data, dataset.fingerprint(splits), options.demo)
+    return splits
 
 
 def main(arguments=None):
     settings, options = parse_arguments(arguments)
-    run = options.run
-    vqvae_stage = Stage(run, "vqvae", settings.vqvae_epochs)
-    pixelcnn_stage = Stage(run, "pixelcnn", settings.pixelcnn_epochs)
     try:
         print(modules.set_up_devices())
-        if run.exists() and not run.is_dir():
-            raise dataset.UserError(f"--run {run} is a file: choose another")
-        try:
-            run.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise dataset.UserError(f"--run {run} cannot be created ({error.strerror}): choose another") from None
-        if options.demo and not options.data.exists():
-            dataset.write_phantom(options.data)
-        splits = dataset.load(options.data)
-        open_run(run, settings, options.data, dataset.fingerprint(splits), options.demo)
+        splits = prepare_run(settings, options)
         print(json.dumps(dataclasses.asdict(settings), indent=2))
-        train, validate = splits["train"], splits["validate"]
-
-        if vqvae_stage.is_finished():
-            print(f"vqvae: finished before, {vqvae_stage.best}")
-        else:
-            fit_vqvae(vqvae_stage, settings, train, validate)
-        if pixelcnn_stage.is_finished():
-            print(f"pixelcnn: finished before, {pixelcnn_stage.best}")
-        else:
-            vqvae = dataset.load_model(vqvae_stage.best, "choose another --run")
-            fit_pixelcnn(pixelcnn_stage, settings, vqvae, train, validate)
+        vqvae = fit_vqvae(options.run, settings, splits["train"], splits["validate"])
+        fit_pixelcnn(options.run, settings, vqvae, splits["train"], splits["validate"])
     except dataset.UserError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("train.py: stopped; the same command goes on where it was", file=sys.stderr)
         return 130
-    print(f"done: now run python predict.py --run {shlex.quote(str(run))}")
+    print(f"done: now run python predict.py --run {shlex.quote(str(options.run))}")
     return 0
 
 

@@ -85,10 +85,10 @@ def test_kept_model_is_the_best_epoch_by_validation(finished_run, phantoms, name
 
 @pytest.mark.parametrize("quantizer_loss, kept", [({"val_quantizer_loss": 0.5}, 2), ({}, 1)])
 def test_the_quantizers_terms_do_not_choose_the_epoch(tmp_path, quantizer_loss, kept):
-    stage = train.Stage(tmp_path, "vqvae", 2)
+    stage = train.Stage(tmp_path, "vqvae", train.Schedule(2, 1, 1.0))
     model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
     model.compile()
-    checkpoint = train.Checkpoint(stage, [], seed=0)
+    checkpoint = train.Checkpoint(stage, [])
     checkpoint.set_model(model)
     for epoch, logs in enumerate([{"val_loss": 0.2, "val_quantizer_loss": 0.0}, {"val_loss": 0.6, **quantizer_loss}]):
         checkpoint.on_epoch_begin(epoch)
@@ -517,9 +517,9 @@ def fit_point(run, seed=0, kind=Point):
         dataset.write_json(
             run / "config.json", {"settings": {"mirror": 0}, "data": data, "versions": {}, "finished": {}}
         )
-    stage, settings = train.Stage(run, "vqvae", 2), train.Settings(seed=seed, cosine_decay=False)
+    stage = train.Stage(run, "vqvae", train.Schedule(2, 2, 1.0, cosine_decay=False, seed=seed))
     Point.masks.clear()
-    train.fit(stage, settings, kind, PLACES[:6, None], PLACES[6:], 2, 1.0, prepare=lambda numbers: numbers)
+    train.fit(stage, kind, PLACES[:6, None], PLACES[6:], prepare=lambda numbers: numbers)
     return stage
 
 
@@ -585,13 +585,16 @@ def test_control_masks_that_begin_with_the_number_of_the_epoch_come_twice(tmp_pa
 
 
 def test_a_learning_rate_rises_and_falls_to_nothing():
-    rate = train.learning_rates(0.5, steps=100, warmup_steps=20, cosine_decay=True)
-    rates = np.array([rate(step) for step in range(101)])
-    np.testing.assert_allclose(rates[:21], np.linspace(0, 0.5, 21), atol=1e-6)
-    assert (np.diff(rates[20:]) < 0).all() and rates[100] == pytest.approx(0, abs=1e-6)
-    rates = np.array([train.learning_rates(0.5, 100, 0, True)(step) for step in range(101)])
-    assert rates[0] == 0.5 and (np.diff(rates) < 0).all() and rates[100] == pytest.approx(0, abs=1e-6)
-    assert train.learning_rates(0.5, 100, 20, False) == 0.5
+    def rates(**schedule):
+        rate = train.learning_rates(train.Schedule(10, 1, 0.5, **schedule), steps=10)
+        return np.array([rate(step) for step in range(101)])
+
+    risen = rates(warmup_epochs=2)
+    np.testing.assert_allclose(risen[:21], np.linspace(0, 0.5, 21), atol=1e-6)
+    assert (np.diff(risen[20:]) < 0).all() and risen[100] == pytest.approx(0, abs=1e-6)
+    at_once = rates()
+    assert at_once[0] == 0.5 and (np.diff(at_once) < 0).all() and at_once[100] == pytest.approx(0, abs=1e-6)
+    assert train.learning_rates(train.Schedule(10, 1, 0.5, 2, cosine_decay=False), steps=10) == 0.5
 
 
 @pytest.mark.parametrize("write", [lambda path: path.write_text("half"), die])
