@@ -273,23 +273,23 @@ def augment(images, seed):
         images: uint8 (N, H, W).
         seed: int, or several.
 
-    Returns: uint8 (N, H, W); float32 (N, 6): five uniform numbers from -1 to 1, the share of each of
-        CHANGE_LIMITS that was applied, and a 1, where a slice as it is has six zeros.
+    Returns: uint8 (N, H, W); float32 (N, 6): five uniform numbers from -1 to 1, how much of each of
+        CHANGE_LIMITS was applied, and a 1, where a slice as it is has six zeros.
     """
     rng = np.random.default_rng(seed)
-    shares = rng.uniform(-1, 1, (len(images), len(CHANGE_LIMITS)))
+    amounts = rng.uniform(-1, 1, (len(images), len(CHANGE_LIMITS)))
     changed = np.empty_like(images)
     centre = (np.array(images.shape[1:]) - 1) / 2
     progress = progress_bar(len(images), "slice")
     for i, image in enumerate(images):
-        *shift, turn, growth, gamma = shares[i] * CHANGE_LIMITS
+        *shift, turn, growth, gamma = amounts[i] * CHANGE_LIMITS
         cos, sin = np.cos(np.radians(turn)), np.sin(np.radians(turn))
         matrix = np.array([[cos, -sin], [sin, cos]]) / (1 + growth)  # from the new picture to the old
         offset = centre - matrix @ (centre + shift)
         moved = ndimage.affine_transform(image / np.float32(255), matrix, offset, order=3).clip(0, 1)
         changed[i] = np.rint(255 * moved ** np.exp(gamma))
         progress.update(i + 1)
-    return changed, np.pad(shares, [[0, 0], [0, 1]], constant_values=1).astype(np.float32)
+    return changed, np.pad(amounts, [[0, 0], [0, 1]], constant_values=1).astype(np.float32)
 
 
 def shuffled_batches(variants, batch_size, seed, epochs):

@@ -84,9 +84,9 @@ class CodebookUsage(keras.metrics.Metric):
 
     def result(self):
         counts = tf.convert_to_tensor(self.counts)
-        share = counts / tf.maximum(tf.reduce_sum(counts), 1)
+        frequencies = counts / tf.maximum(tf.reduce_sum(counts), 1)
         return {
-            "perplexity": tf.exp(-tf.reduce_sum(tf.math.xlogy(share, share))),
+            "perplexity": tf.exp(-tf.reduce_sum(tf.math.xlogy(frequencies, frequencies))),
             "codes_used": tf.reduce_sum(tf.cast(counts > 0, tf.float32)),
         }
 
@@ -540,18 +540,18 @@ class MaskedCodeConv2D(layers.Layer):
         height, width = tf.shape(codes)[1], tf.shape(codes)[2]
         padded = tf.pad(codes, [[0, 0], [r, 0], [r, r]], constant_values=-1)
         offsets = [divmod(tap, k) for tap in range(self.taps)]
-        seen = [padded[:, down : down + height, right : right + width] for down, right in offsets]
-        return self.lookup(self.table(), tf.stack(seen, axis=-1)) + self.bias
+        visible = [padded[:, down : down + height, right : right + width] for down, right in offsets]
+        return self.lookup(self.table(), tf.stack(visible, axis=-1)) + self.bias  # (B, h, w, taps) -> (B, h, w, C)
 
-    def above(self, table, rows):
+    def from_above(self, table, rows):
         """What the `radius` rows of codes above give to one row: (B, radius, w) -> (B, w, filters)."""
         r, k = self.radius, self.kernel_size
         width = tf.shape(rows)[2]
         padded = tf.pad(rows, [[0, 0], [0, 0], [r, r]], constant_values=-1)
-        seen = [padded[:, down, right : right + width] for down in range(r) for right in range(k)]
-        return self.lookup(table, tf.stack(seen, axis=-1)) + self.bias
+        visible = [padded[:, down, right : right + width] for down in range(r) for right in range(k)]
+        return self.lookup(table, tf.stack(visible, axis=-1)) + self.bias
 
-    def beside(self, table, left):
+    def from_left(self, table, left):
         """What the `radius` codes to the left give to one position: (B, radius) -> (B, filters)."""
         return self.lookup(table, left, first_tap=self.taps - self.radius)
 
@@ -672,13 +672,13 @@ class GlobalContext(layers.Layer):
         def start(values):
             return lambda shape, dtype: tf.broadcast_to(tf.cast(values, dtype), shape)
 
-        # For each row, the weights of all positions in the rows above and in the row itself.
-        self.is_above = np.repeat(row[:, None] > row, width, axis=1).astype("float32")
-        self.above = self.add_weight(
-            name="above", shape=(self.filters, height, height * width), initializer=start(mean[:, None])
+        # For each row, the weights of all positions in the rows above (F, h, h w), and in the row itself (h, w, F).
+        self.is_above = np.repeat(row[:, None] > row, width, axis=1).astype("float32")  # (h, h w)
+        self.weights_above = self.add_weight(
+            name="weights_above", shape=(self.filters, height, height * width), initializer=start(mean[:, None])
         )
-        self.beside = self.add_weight(
-            name="beside", shape=(height, width, self.filters), initializer=start(mean[:, None, None])
+        self.weights_in_row = self.add_weight(
+            name="weights_in_row", shape=(height, width, self.filters), initializer=start(mean[:, None, None])
         )
         # Keras would read the fans of this shape as those of one kernel of h * w entries.
         limit = np.sqrt(6 / (self.filters + channels))
@@ -692,32 +692,32 @@ class GlobalContext(layers.Layer):
 
     def call(self, x, training=False):
         height, width = self.grid
-        features = self.narrow(x)
-        positions = tf.reshape(features, (-1, height * width, self.filters))
-        above = tf.einsum("frp,bpf->brf", self.above * self.is_above, positions)
+        features = self.narrow(x)  # (B, h, w, F)
+        positions = tf.reshape(features, (-1, height * width, self.filters))  # (B, h w, F)
+        above = tf.einsum("frp,bpf->brf", self.weights_above * self.is_above, positions)  # (B, h, F)
         # A running sum along the row: this product is seven times faster than tf.cumsum.
-        beside = tf.matmul(tf.constant(np.tri(width, dtype="float32")), features * self.beside)
-        summary = self.drop(tf.nn.relu(above[:, :, None] + beside), training=training)
-        summary = tf.reshape(summary, (-1, height * width, self.filters))
-        added = tf.transpose(tf.matmul(tf.transpose(summary, (1, 0, 2)), self.readout), (1, 0, 2))
+        in_row = tf.matmul(tf.constant(np.tri(width, dtype="float32")), features * self.weights_in_row)  # (B, h, w, F)
+        summary = self.drop(tf.nn.relu(above[:, :, None] + in_row), training=training)  # (B, h, w, F)
+        summary = tf.transpose(tf.reshape(summary, tf.shape(positions)), (1, 0, 2))  # (h w, B, F)
+        added = tf.transpose(tf.matmul(summary, self.readout), (1, 0, 2))  # (B, h w, C)
         return x + tf.reshape(added, tf.shape(x)) + self.bias
 
     def step(self, x, summed, row, column):
         """`call` at one position, from the weighted sum over all earlier ones [5].
 
         Args: x (B, C); the sum (B, filters); the position.
-        Returns: the output (B, C); the sum, this position included; its features (B, filters), for `share`.
+        Returns: the output (B, C); the sum, this position included; its features (B, filters), for `to_rows_below`.
         """
         features = self.narrow(x)
-        summed += features * self.beside[row, column]
+        summed += features * self.weights_in_row[row, column]
         added = tf.matmul(tf.nn.relu(summed), self.readout[row * self.grid[1] + column])
         return x + added + self.bias, summed, features
 
-    def share(self, features, row):
-        """What a row adds to the weighted sums of the rows below: (w, B, filters) -> (h, B, filters)."""
+    def to_rows_below(self, features, row):
+        """What the features of a row add to the weighted sums of the rows below: (w, B, filters) -> (h, B, filters)."""
         width = self.grid[1]
-        weighting = (self.above * self.is_above)[:, :, row * width : (row + 1) * width]
-        return tf.einsum("frp,pbf->rbf", weighting, features)
+        weights = (self.weights_above * self.is_above)[:, :, row * width : (row + 1) * width]  # (F, h, w)
+        return tf.einsum("frp,pbf->rbf", weights, features)
 
     def get_config(self):
         return {**super().get_config(), "filters": self.filters, "dropout": self.dropout}
@@ -935,7 +935,7 @@ class PixelCNN(MeanOverSlices):
             codes, nats, hidden_above, features = self.draw_row(row, start, above, sums, choose)
             codes_above = tf.concat([codes_above[:, 1:], codes[:, None]], axis=1)
             if self.contexts:
-                sums += tf.stack([context.share(of, row) for context, of in zip(self.contexts, features)])
+                sums += tf.stack([context.to_rows_below(of, row) for context, of in zip(self.contexts, features)])
             all_codes = all_codes.write(row, codes)
             all_nats = all_nats.write(row, nats)
 
@@ -965,7 +965,7 @@ class PixelCNN(MeanOverSlices):
         all_hidden = tf.TensorArray(tf.float32, width)
         all_features = [tf.TensorArray(tf.float32, width) for _ in self.contexts]
         for column in tf.range(width):
-            x = start[column] + self.first.beside(table, left_codes)  # (N, C)
+            x = start[column] + self.first.from_left(table, left_codes)  # (N, C)
             earlier = above[column] + tf.matmul(left_hidden, left_kernels)  # (blocks, N, C / 2)
             logits, left_hidden, summed, features = self.step(x, earlier, summed, row, column)
             codes, nats = choose(logits, column)
@@ -997,7 +997,7 @@ class PixelCNN(MeanOverSlices):
 
     def row_start(self, codes_above, labels, row):
         """What enters the blocks in a row, but for the codes to the left: (N, radius, w), (N,) -> (w, N, C)."""
-        start = self.first.above(self.first.table(), codes_above)  # (N, w, C)
+        start = self.first.from_above(self.first.table(), codes_above)  # (N, w, C)
         if self.learned_position:
             start += self.position[row]
         if self.num_labels:

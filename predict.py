@@ -126,8 +126,9 @@ def nearest_training_slices(images, train, label):
 
 def histogram_entropy(codes, num_embeddings):
     """Entropy in nats of the histogram of codes."""
-    share = np.bincount(codes.ravel(), minlength=num_embeddings) / codes.size
-    return float(-np.sum(share[share > 0] * np.log(share[share > 0])))
+    counts = np.bincount(codes.ravel(), minlength=num_embeddings)
+    frequencies = counts[counts > 0] / codes.size
+    return float(-np.sum(frequencies * np.log(frequencies)))
 
 
 def nats_of_slices(pixelcnn, codes, labels):
@@ -203,13 +204,13 @@ def level_error(asked, found):
     return np.abs(asked - found)[both].mean() if both.any() else None
 
 
-def measure_samples(samples, labels, test, reconstructed, train, seen, seed):
-    """The measures of the samples, and the nearest training slice of each: index into `seen`, and SSIM.
+def measure_samples(samples, labels, test, reconstructed, train, shown, seed):
+    """The measures of the samples, and the nearest training slice of each: index into `shown`, and SSIM.
 
     Args:
         samples, reconstructed: images; `labels` are the samples'.
         test, train: images and labels.
-        seen: images and labels of all that the model was fitted on, the mirrored slices too.
+        shown: images and labels of the training slices as the model was shown them, the mirrored ones too.
     """
     components = principal_components(train[0])
     scores = {
@@ -217,9 +218,9 @@ def measure_samples(samples, labels, test, reconstructed, train, seen, seed):
     }
     as_many = scores["train"][draw_of_labels(train[1], labels, seed)]
 
-    nearest, similarity = nearest_training_slices(samples, seen[0], "novel slices")
-    of_reconstructions = nearest_training_slices(reconstructed, seen[0], "reconstructions of test slices")
-    of_test = nearest_training_slices(test[0], seen[0], "test slices")
+    nearest, similarity = nearest_training_slices(samples, shown[0], "novel slices")
+    of_reconstructions = nearest_training_slices(reconstructed, shown[0], "reconstructions of test slices")
+    of_test = nearest_training_slices(test[0], shown[0], "test slices")
     measures = {
         "frechet_pca": frechet_distance(scores["samples"], scores["test"]),
         "frechet_pca_floor": frechet_distance(as_many, scores["test"]),
@@ -229,9 +230,9 @@ def measure_samples(samples, labels, test, reconstructed, train, seen, seed):
         "reconstruction_nearest_train_ssim_mean": of_reconstructions[1].mean(),
         "test_nearest_train_ssim_mean": of_test[1].mean(),
         "test_nearest_train_ssim_max": of_test[1].max(),
-        "level_error": level_error(labels, seen[1][nearest]),
-        "reconstruction_level_error": level_error(test[1], seen[1][of_reconstructions[0]]),
-        "test_level_error": level_error(test[1], seen[1][of_test[0]]),
+        "level_error": level_error(labels, shown[1][nearest]),
+        "reconstruction_level_error": level_error(test[1], shown[1][of_reconstructions[0]]),
+        "test_level_error": level_error(test[1], shown[1][of_test[0]]),
         "component_variance_ratio": scores["samples"].var(0)[TIMID].mean() / scores["train"].var(0)[TIMID].mean(),
     }
     return measures, nearest, similarity
@@ -287,10 +288,10 @@ def pictured(labels):
 
 def draw_samples(path, samples, labels, nearest, similarity, caption):
     """Rows of novel slices, and under each the nearest training slice."""
-    shown = pictured(labels)
-    rows, columns = shown.shape
+    chosen = pictured(labels)
+    rows, columns = chosen.shape
     figure, axes = plt.subplots(2 * rows, columns, figsize=(1.15 * columns, 2.7 * rows + 0.5), squeeze=False)
-    for (row, column), i in np.ndenumerate(shown):
+    for (row, column), i in np.ndenumerate(chosen):
         show(axes[2 * row, column], samples[i], f"slice {labels[i]}" if labels[i] >= 0 else "")
         show(axes[2 * row + 1, column], nearest[i], f"SSIM {similarity[i]:.2f}")
     for row in range(rows):
@@ -751,10 +752,10 @@ def predict(options):
     samples = dataset.images_of(vqvae, codes)
     seconds = time.time() - started
 
-    shown = dataset.shown_variants(train, config["settings"]["mirror"])
-    seen = np.concatenate(shown), np.tile(train_labels, len(shown))
+    variants = dataset.shown_variants(train, config["settings"]["mirror"])
+    shown = np.concatenate(variants), np.tile(train_labels, len(variants))
     measures, nearest, similarity = measure_samples(
-        samples, labels, (test, test_labels), reconstructed, (train, train_labels), seen, options.seed
+        samples, labels, (test, test_labels), reconstructed, (train, train_labels), shown, options.seed
     )
     report = {
         "data": data,
@@ -775,7 +776,7 @@ def predict(options):
         f"Novel {kind}s, not selected: {pictured(labels).size} of {len(labels)}, seed {options.seed}, "
         f"temperature {options.temperature}. Under each its nearest training {kind} and their SSIM"
     )
-    draw_samples(run / "samples.png", samples, labels, seen[0][nearest], similarity, caption)
+    draw_samples(run / "samples.png", samples, labels, shown[0][nearest], similarity, caption)
     if options.complete:
         draw_completions(
             run / "completions.png",
