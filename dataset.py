@@ -280,7 +280,6 @@ def augment(images, seed):
     amounts = rng.uniform(-1, 1, (len(images), len(CHANGE_LIMITS)))
     changed = np.empty_like(images)
     centre = (np.array(images.shape[1:]) - 1) / 2
-    progress = progress_bar(len(images), "slice")
     for i, image in enumerate(images):
         *shift, turn, growth, gamma = amounts[i] * CHANGE_LIMITS
         cos, sin = np.cos(np.radians(turn)), np.sin(np.radians(turn))
@@ -288,7 +287,6 @@ def augment(images, seed):
         offset = centre - matrix @ (centre + shift)
         moved = ndimage.affine_transform(image / np.float32(255), matrix, offset, order=3).clip(0, 1)
         changed[i] = np.rint(255 * moved ** np.exp(gamma))
-        progress.update(i + 1)
     return changed, np.pad(amounts, [[0, 0], [0, 1]], constant_values=1).astype(np.float32)
 
 
@@ -488,7 +486,9 @@ def read_config(run):
             return config
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass
-    raise UserError(f"{path} is broken: choose another --run, or delete {shlex.quote(str(run))}")
+    raise UserError(
+        f"{path} is broken, or of an earlier version: choose another --run, or delete {shlex.quote(str(run))}"
+    )
 
 
 def file_checksum(path):

@@ -54,24 +54,26 @@ class Settings:
     ssim_weight: float = setting(2.0, "of 1 - SSIM beside the squared error", 0.0, 100.0)
     vqvae_epochs: int = setting(30, "epochs of the VQ-VAE", 1, 10**6)
     vqvae_batch_size: int = setting(64, "slices a step", 1, 2**16)
-    vqvae_learning_rate: float = setting(1e-3, "Adam's, at the start", 1e-8, 1.0)
+    vqvae_learning_rate: float = setting(1e-3, "of Adam, at the start", 1e-8, 1.0)
 
     # PixelCNN
     pixelcnn_filters: int = setting(64, "channels between the residual blocks, half of them inside", 2, 4096)
     pixelcnn_blocks: int = setting(15, "residual blocks; 15 in the PixelRNN paper, table 1", 1, 128)
-    dropout: float = setting(0.2, "rate in every residual block and context", 0.0, 0.9)
+    dropout: float = setting(0.05, "rate in every residual block and context", 0.0, 0.9)
     learned_position: bool = setting(True, "add a learned vector for each grid position")
     context_filters: int = setting(64, "channels that sum up all earlier codes; 0 for none", 0, 4096)
     zero_init: bool = setting(True, "residual blocks start as identities, which allows the learning rate below")
     pixelcnn_epochs: int = setting(100, "epochs of the PixelCNN", 1, 10**6)
     pixelcnn_batch_size: int = setting(128, "grids of codes a step", 1, 2**16)
-    pixelcnn_learning_rate: float = setting(1e-2, "Adam's, at its highest", 1e-8, 1.0)
+    pixelcnn_learning_rate: float = setting(1e-2, "at its highest", 1e-8, 1.0)
     pixelcnn_warmup_epochs: int = setting(1, "over which the learning rate rises to it; 0 for none", 0, 10**6)
+    pixelcnn_clip_norm: float = setting(1.0, "norm to which a step's gradient is shortened; 0 for none", 0.0, 1e6)
+    pixelcnn_muon: bool = setting(True, "fit the 1x1 convolutions by Muon, the rest by Adam; else all by Adam")
 
     # Both
     cosine_decay: bool = setting(True, "lower both learning rates to 0 along a cosine")
     mirror: bool = setting(True, "show every slice as its mirror image too")
-    augmentations: int = setting(6, "changed copies of each slice for the PixelCNN, which is told the changes", 0, 64)
+    augmentations: int = setting(24, "changed copies of each slice for the PixelCNN, which is told the changes", 0, 64)
 
 
 # The settings of the original project, as far as its README gives them, and its keras.io ancestor's where not.
@@ -89,6 +91,8 @@ ORIGINAL = {
     "zero_init": False,
     "pixelcnn_learning_rate": 3e-4,
     "pixelcnn_warmup_epochs": 0,
+    "pixelcnn_clip_norm": 0.0,
+    "pixelcnn_muon": False,
     "cosine_decay": False,
     "mirror": False,
     "augmentations": 0,
@@ -202,9 +206,11 @@ class Schedule:
 
     epochs: int
     batch_size: int
-    learning_rate: float  # Adam's, at its highest
+    learning_rate: float  # at its highest
     warmup_epochs: int = 0  # over which it rises to that
     cosine_decay: bool = True  # whether it then falls to 0 along half a cosine
+    clip_norm: float = 0  # norm to which a step's gradient is shortened; 0 for none
+    muon: bool = False  # whether matrices are fitted by Muon, and only the rest by Adam
     seed: int = 0  # of the weights, the order of the examples and the dropout
 
 
@@ -321,12 +327,19 @@ class Checkpoint(keras.callbacks.Callback):
         print(f"{self.stage.name}: epoch {len(self.rows)} of {epochs}, about {left / 60:.0f} min left")
 
     def keep_best(self):
-        if self.rows and min(self.rows, key=selection_loss) is self.rows[-1]:
+        if not self.rows:
+            return
+        if min(self.rows, key=selection_loss) is self.rows[-1]:
             dataset.write_whole(self.stage.best, lambda path: save_alone(self.model, path))
+        elif not self.stage.best.exists():
+            raise dataset.UserError(
+                f"{self.stage.best} is missing: restore it, or delete {self.stage.last.name}, "
+                f"and {self.stage.name} starts again from its first epoch"
+            )
 
 
 def learning_rates(schedule, steps):
-    """Adam's learning rate at each step, `steps` an epoch: a rise from 0, then half a cosine to 0; or a constant."""
+    """The learning rate at each step, `steps` an epoch: a rise from 0, then half a cosine to 0; or a constant."""
     highest, warmup = schedule.learning_rate, schedule.warmup_epochs * steps
     if not schedule.cosine_decay:
         return highest
@@ -335,6 +348,14 @@ def learning_rates(schedule, steps):
     return keras.optimizers.schedules.CosineDecay(
         0.0, max(schedule.epochs * steps - warmup, 1), warmup_target=highest, warmup_steps=warmup
     )
+
+
+def make_optimizer(schedule, steps):
+    """Adam; or Muon, whose steps of a matrix change all of its directions alike (Liu et al., arXiv 2502.16982)."""
+    rates, clip_norm = learning_rates(schedule, steps), schedule.clip_norm or None
+    if not schedule.muon:
+        return keras.optimizers.Adam(rates, global_clipnorm=clip_norm)
+    return keras.optimizers.Muon(rates, weight_decay=None, adam_weight_decay=None, global_clipnorm=clip_norm)
 
 
 def fit(stage, make_model, variants, validation, prepare):
@@ -357,7 +378,7 @@ def fit(stage, make_model, variants, validation, prepare):
         else:
             keras.utils.set_random_seed(schedule.seed)
             model = make_model()
-            model.compile(optimizer=keras.optimizers.Adam(learning_rates(schedule, steps)))
+            model.compile(optimizer=make_optimizer(schedule, steps))
         model.jit_compile = modules.use_xla()  # a saved model has the choice of the machine that saved it
 
     done = int(model.optimizer.iterations.numpy()) // steps
@@ -468,6 +489,8 @@ def fit_pixelcnn(run, settings, vqvae, train, validate):
         settings.pixelcnn_learning_rate,
         settings.pixelcnn_warmup_epochs,
         settings.cosine_decay,
+        settings.pixelcnn_clip_norm,
+        settings.pixelcnn_muon,
         settings.seed,
     )
     stage = Stage(run, "pixelcnn", schedule)
@@ -491,13 +514,19 @@ def encode_variants(vqvae, images, settings):
     Args: images, uint8 (N, H, W).
     Returns: codes, int32 (N, V, h, w); the changes of each, float32 (N, V, 6), see `dataset.augment`.
     """
-    pictures = dataset.shown_variants(images, settings.mirror)
-    changes = [np.zeros((len(images), len(dataset.CHANGE_LIMITS) + 1), np.float32)] * len(pictures)
+    unchanged = dataset.shown_variants(images, settings.mirror)
+    # About a quarter of all that is shown is unchanged, for so the prior is measured and sampled.
+    repeats = max(1, settings.augmentations // (3 * len(unchanged)))
+    codes = [dataset.codes_of(vqvae, pictures / np.float32(255)) for pictures in unchanged] * repeats
+    changes = [np.zeros((len(images), len(dataset.CHANGE_LIMITS) + 1), np.float32)] * len(codes)
+    if settings.augmentations:
+        print(f"making {settings.augmentations} changed copies of {len(images)} training slices")
+        progress = dataset.progress_bar(settings.augmentations, "copy")
     for number in range(settings.augmentations):
-        print(f"changed copies of the training slices, {number + 1} of {settings.augmentations}")
-        changed, told = dataset.augment(pictures[number % (1 + settings.mirror)], (settings.seed, number))
-        pictures.append(changed), changes.append(told)
-    codes = [dataset.codes_of(vqvae, images / np.float32(255)) for images in pictures]
+        changed, told = dataset.augment(unchanged[number % len(unchanged)], (settings.seed, number))
+        codes.append(dataset.codes_of(vqvae, changed / np.float32(255)))
+        changes.append(told)
+        progress.update(number + 1)
     return np.stack(codes, axis=1), np.stack(changes, axis=1)
 
 

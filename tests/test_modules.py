@@ -630,7 +630,8 @@ def fitted(name, compiled, seed=0):
     model, examples = MODELS[name](), examples_of(name, 48)
     for number, state in enumerate(v for v in model.non_trainable_variables if v.name == "seed_generator_state"):
         state.assign([seed + number, 0])
-    model.compile(optimizer=keras.optimizers.Adam(1e-2), jit_compile=compiled)
+    adam, muon = keras.optimizers.Adam(1e-2), keras.optimizers.Muon(1e-2, global_clipnorm=1.0)
+    model.compile(optimizer=muon if name == "PixelCNN" else adam, jit_compile=compiled)
     data = batches_of(examples, 16)
     history = model.fit(data, validation_data=data, epochs=3, verbose=0, shuffle=False).history
     return np.array([history["loss"], history["val_loss"]])

@@ -506,18 +506,26 @@ class Runaway(Point):
         return tf.fill(tf.shape(numbers), tf.exp(20 * tf.stop_gradient(self.place)) - self.place)
 
 
+@keras.saving.register_keras_serializable(package="tests")
+class Worsening(Point):
+    """Goes on and on too, and its loss is its place: the first epoch is the best."""
+
+    def distances(self, numbers):
+        return tf.fill(tf.shape(numbers), 2 * tf.stop_gradient(self.place) - self.place)
+
+
 PLACES = np.random.default_rng(0).normal(5, 3, 11).astype("float32")  # 6 to learn from, 3 steps an epoch; 5 to validate
 
 
-def fit_point(run, seed=0, kind=Point):
-    """`train.fit` of two epochs, the masks of its steps noted from none on: the stage."""
+def fit_point(run, seed=0, kind=Point, epochs=2):
+    """`train.fit` of two epochs or so, the masks of its steps noted from none on: the stage."""
     run.mkdir(exist_ok=True)
     if not (run / "config.json").exists():
         data = {"folder": "", "phantom": False}
         dataset.write_json(
             run / "config.json", {"settings": {"mirror": 0}, "data": data, "versions": {}, "finished": {}}
         )
-    stage = train.Stage(run, "vqvae", train.Schedule(2, 2, 1.0, cosine_decay=False, seed=seed))
+    stage = train.Stage(run, "vqvae", train.Schedule(epochs, 2, 1.0, cosine_decay=False, seed=seed))
     Point.masks.clear()
     train.fit(stage, kind, PLACES[:6, None], PLACES[6:], prepare=lambda numbers: numbers)
     return stage
@@ -582,6 +590,33 @@ def test_control_masks_that_begin_with_the_number_of_the_epoch_come_twice(tmp_pa
     monkeypatch.setattr(train.Checkpoint, "on_epoch_begin", begin_late)
     fit_point(tmp_path)
     assert Point.masks[3:5] == Point.masks[1:3]
+
+
+def test_a_best_model_that_is_gone_is_missed_before_another_epoch(tmp_path, monkeypatch):
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        kill_before_rename(patched, 2, "vqvae_last.keras")
+        fit_point(tmp_path)
+    (tmp_path / "vqvae.keras").unlink()
+    assert fit_point(tmp_path).is_finished()  # its only epoch is the best, and is in vqvae_last.keras
+
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        kill_before_rename(patched, 3, "vqvae_history.csv")
+        fit_point(tmp_path / "worse", kind=Worsening, epochs=3)
+    (tmp_path / "worse" / "vqvae.keras").unlink()
+    with pytest.raises(dataset.UserError, match=r"vqvae\.keras is missing: restore it, or delete vqvae_last\.keras"):
+        fit_point(tmp_path / "worse", kind=Worsening, epochs=3)
+
+
+def test_after_one_huge_gradient_the_next_ones_count():
+    def place_after(clip_norm):
+        """Where ten gradients of -1 lead after one of a million."""
+        optimizer = train.make_optimizer(train.Schedule(1, 1, 0.1, cosine_decay=False, clip_norm=clip_norm), 11)
+        place = keras.Variable([0.0])
+        for gradient in [1e6] + [-1.0] * 10:
+            optimizer.apply([tf.constant([gradient])], [place])
+        return float(place[0])
+
+    assert place_after(1.0) > 0 > place_after(0.0)
 
 
 def test_a_learning_rate_rises_and_falls_to_nothing():
