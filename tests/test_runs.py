@@ -607,6 +607,19 @@ def test_a_best_model_that_is_gone_is_missed_before_another_epoch(tmp_path, monk
         fit_point(tmp_path / "worse", kind=Worsening, epochs=3)
 
 
+def test_a_quarter_of_what_the_prior_is_shown_is_unchanged(measured, phantoms):
+    images = dataset.load(phantoms)["train"].images[:8]
+    codes, changes = train.encode_variants(measured.vqvae, images, train.Settings(augmentations=12))
+    assert codes.shape == (8, 16, 16, 16) and changes.shape == (8, 16, 6)
+    unchanged = (changes == 0).all(axis=(0, 2))
+    assert unchanged.sum() == 4 and (changes[:, ~unchanged, -1] == 1).all()
+    plain, mirrored = (dataset.codes_of(measured.vqvae, x / np.float32(255)) for x in (images, images[:, ::-1]))
+    for variant in codes[:, unchanged].swapaxes(0, 1):
+        assert np.array_equal(variant, plain) or np.array_equal(variant, mirrored)
+    for variant in codes[:, ~unchanged].swapaxes(0, 1):
+        assert not np.array_equal(variant, plain) and not np.array_equal(variant, mirrored)
+
+
 def test_after_one_huge_gradient_the_next_ones_count():
     def place_after(clip_norm):
         """Where ten gradients of -1 lead after one of a million."""
