@@ -59,7 +59,7 @@ class Settings:
     # PixelCNN
     pixelcnn_filters: int = setting(64, "channels between the residual blocks, half of them inside", 2, 4096)
     pixelcnn_blocks: int = setting(15, "residual blocks; 15 in the PixelRNN paper, table 1", 1, 128)
-    dropout: float = setting(0.05, "rate in every residual block and context", 0.0, 0.9)
+    dropout: float = setting(0.2, "rate in every residual block and context", 0.0, 0.9)
     learned_position: bool = setting(True, "add a learned vector for each grid position")
     context_filters: int = setting(64, "channels that sum up all earlier codes; 0 for none", 0, 4096)
     zero_init: bool = setting(True, "residual blocks start as identities, which allows the learning rate below")
