@@ -685,7 +685,7 @@ def load_run(run):
         path = run / f"{name}.keras"
         if name not in config["finished"]:
             raise dataset.UserError(
-                f"--run {run}: {name} is not trained to its end; give the same train.py command again"
+                f"--run {run}: {name} has not finished training; give the same train.py command again"
             )
         if not path.exists():
             raise dataset.UserError(f"{path} is missing: restore it, or train again in another --run")
@@ -766,6 +766,7 @@ def predict(options):
             "count": len(labels),
             "seed": options.seed,
             "temperature": options.temperature,
+            "slices": options.slice,  # None: those of the test slices
             "seconds": seconds,
             **measures,
         },
@@ -790,6 +791,7 @@ def predict(options):
     dataset.write_whole(run / "samples.npz", save_samples)
     dataset.write_json(run / "report.json", report)
     print(json.dumps(report, indent=2, default=float))
+    print(f"done: the pictures and report.json are in {run}")
 
 
 def main(arguments=None):

@@ -111,11 +111,27 @@ DEMO = {
 # --------------------------------------------------------------------------------------
 
 
+def as_typed(value):
+    """A setting as it is given on the command line."""
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def as_flags(settings):
+    """Settings as they are given on the command line."""
+
+    def as_flag(name, value):
+        name = name.replace("_", "-")
+        return f"--no-{name}" if value is False else f"--{name} {as_typed(value)}"
+
+    return ", ".join(as_flag(name, value) for name, value in settings.items())
+
+
 def parse_arguments(arguments):
     """Command line -> (Settings, argparse.Namespace of data, run, demo, original)."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0],
-        epilog="--original and --demo change defaults; a flag given beside them still counts.",
+        epilog=f"Other defaults of --demo: {as_flags(DEMO)}. Of --original: {as_flags(ORIGINAL)}. "
+        "A flag given beside them still counts.",
         allow_abbrev=False,
     )
     parser.add_argument("--data", help="folder of the slices (default: keras_png_slices_data)")
@@ -124,7 +140,7 @@ def parse_arguments(arguments):
     parser.add_argument("--original", action="store_true", help="the settings of the original project")
     for field in dataclasses.fields(Settings):
         flag = "--" + field.name.replace("_", "-")
-        meaning = f"{field.metadata['help']} (default: {field.default})"
+        meaning = f"{field.metadata['help']} (default: {as_typed(field.default)})"
         if field.type is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=meaning)
         elif field.type in (int, float):
@@ -324,7 +340,8 @@ class Checkpoint(keras.callbacks.Callback):
         self.keep_best()
         epochs = self.stage.schedule.epochs
         left = np.median([row["seconds"] for row in self.rows]) * (epochs - len(self.rows))
-        print(f"{self.stage.name}: epoch {len(self.rows)} of {epochs}, about {left / 60:.0f} min left")
+        left = f"{left / 60:.0f} min" if left > 120 else f"{left:.0f} s"
+        print(f"{self.stage.name}: epoch {len(self.rows)} of {epochs}, about {left} left")
 
     def keep_best(self):
         if not self.rows:
