@@ -552,6 +552,8 @@ def prepare_run(settings, options):
     run = options.run
     if run.exists() and not run.is_dir():
         raise dataset.UserError(f"--run {run} is a file: choose another")
+    if not options.demo:
+        dataset.find_data(options.data)  # so that a misspelt folder leaves no empty run behind
     try:
         run.mkdir(parents=True, exist_ok=True)
     except OSError as error:

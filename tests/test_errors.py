@@ -554,3 +554,4 @@ def test_the_exit_code_and_the_line_of_a_real_process(script, tmp_path):
     arguments = ["--data", "nowhere"] if script == "train" else ["nowhere"]
     finished = run_script(f"{script}.py", *arguments, cwd=tmp_path)
     assert_refused(script, finished.returncode, finished.stderr, "nowhere", "unzipped")
+    assert not list(tmp_path.iterdir())  # no empty run either
