@@ -18,6 +18,7 @@ import pathlib
 import shlex
 import sys
 import time
+import typing
 
 import dataset  # first, for it keeps TensorFlow's start-up log off the screen
 
@@ -40,6 +41,14 @@ NEIGHBOURS = 20  # training slices, nearest by L2, among which the most similar 
 RESAMPLES = 1000  # of the test subjects, for an interval
 PICTURED = (3, 8)  # rows and columns of novel slices in samples.png
 WANG = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}  # SSIM as in Wang et al. 2004
+
+
+class Slices(typing.NamedTuple):
+    """Slices of the data, or novel ones."""
+
+    images: np.ndarray  # float32 (N, 64, 64) in [0, 1]
+    labels: np.ndarray  # slice numbers, int32 (N,); -1 where not known
+    codes: np.ndarray  # int32 (N, h, w)
 
 
 # --------------------------------------------------------------------------------------
@@ -172,9 +181,9 @@ def measure_codebook(num_embeddings, test_codes, train_codes):
     }
 
 
-def measure_prior(pixelcnn, test_codes, test_labels, train_codes, train_labels, subjects):
-    nats, positions = nats_of_slices(pixelcnn, test_codes, test_labels), test_codes[0].size
-    histogram = histogram_entropy(test_codes, pixelcnn.num_embeddings)
+def measure_prior(pixelcnn, test, train, subjects):
+    nats, positions = nats_of_slices(pixelcnn, test.codes, test.labels), test.codes[0].size
+    histogram = histogram_entropy(test.codes, pixelcnn.num_embeddings)
     return {
         "split": "test",
         **with_interval("nats_per_code", nats, subjects),
@@ -182,7 +191,7 @@ def measure_prior(pixelcnn, test_codes, test_labels, train_codes, train_labels, 
         "bits_per_image": nats.mean() / np.log(2) * positions,
         # What the codes cost without a prior that looks at other codes, and what those it was fitted on cost.
         "histogram_bits_per_image": histogram / np.log(2) * positions,
-        "train_nats_per_code": nats_of_slices(pixelcnn, train_codes, train_labels).mean(),
+        "train_nats_per_code": nats_of_slices(pixelcnn, train.codes, train.labels).mean(),
     }
 
 
@@ -204,38 +213,40 @@ def level_error(asked, found):
     return np.abs(asked - found)[both].mean() if both.any() else None
 
 
-def measure_samples(samples, labels, test, reconstructed, train, shown, seed):
-    """The measures of the samples, and the nearest training slice of each: index into `shown`, and SSIM.
+def measure_samples(novel, test, reconstructed, train, mirror, seed):
+    """The measures of novel slices; the nearest training slice of each, which may be mirrored, and their SSIM.
 
     Args:
-        samples, reconstructed: images; `labels` are the samples'.
-        test, train: images and labels.
-        shown: images and labels of the training slices as the model was shown them, the mirrored ones too.
+        novel, test, train: `Slices`.
+        reconstructed: images of the test slices.
+        mirror: whether the models were shown mirrored training slices too.
     """
-    components = principal_components(train[0])
-    scores = {
-        name: project(x, components) for name, x in (("samples", samples), ("test", test[0]), ("train", train[0]))
-    }
-    as_many = scores["train"][draw_of_labels(train[1], labels, seed)]
+    components = principal_components(train.images)
+    of_novel, of_test, of_train = (project(slices.images, components) for slices in (novel, test, train))
+    as_many = of_train[draw_of_labels(train.labels, novel.labels, seed)]
 
-    nearest, similarity = nearest_training_slices(samples, shown[0], "novel slices")
-    of_reconstructions = nearest_training_slices(reconstructed, shown[0], "reconstructions of test slices")
-    of_test = nearest_training_slices(test[0], shown[0], "test slices")
+    variants = dataset.shown_variants(train.images, mirror)
+    shown, levels = np.concatenate(variants), np.tile(train.labels, len(variants))
+    near_novel, novel_ssim = nearest_training_slices(novel.images, shown, "novel slices")
+    near_reconstructed, reconstructed_ssim = nearest_training_slices(
+        reconstructed, shown, "reconstructions of test slices"
+    )
+    near_test, test_ssim = nearest_training_slices(test.images, shown, "test slices")
     measures = {
-        "frechet_pca": frechet_distance(scores["samples"], scores["test"]),
-        "frechet_pca_floor": frechet_distance(as_many, scores["test"]),
-        "sharpness_ratio": sharpness(samples) / sharpness(test[0]),
-        "nearest_train_ssim_mean": similarity.mean(),
-        "nearest_train_ssim_max": similarity.max(),
-        "reconstruction_nearest_train_ssim_mean": of_reconstructions[1].mean(),
-        "test_nearest_train_ssim_mean": of_test[1].mean(),
-        "test_nearest_train_ssim_max": of_test[1].max(),
-        "level_error": level_error(labels, shown[1][nearest]),
-        "reconstruction_level_error": level_error(test[1], shown[1][of_reconstructions[0]]),
-        "test_level_error": level_error(test[1], shown[1][of_test[0]]),
-        "component_variance_ratio": scores["samples"].var(0)[TIMID].mean() / scores["train"].var(0)[TIMID].mean(),
+        "frechet_pca": frechet_distance(of_novel, of_test),
+        "frechet_pca_floor": frechet_distance(as_many, of_test),
+        "sharpness_ratio": sharpness(novel.images) / sharpness(test.images),
+        "nearest_train_ssim_mean": novel_ssim.mean(),
+        "nearest_train_ssim_max": novel_ssim.max(),
+        "reconstruction_nearest_train_ssim_mean": reconstructed_ssim.mean(),
+        "test_nearest_train_ssim_mean": test_ssim.mean(),
+        "test_nearest_train_ssim_max": test_ssim.max(),
+        "level_error": level_error(novel.labels, levels[near_novel]),
+        "reconstruction_level_error": level_error(test.labels, levels[near_reconstructed]),
+        "test_level_error": level_error(test.labels, levels[near_test]),
+        "component_variance_ratio": of_novel.var(0)[TIMID].mean() / of_train.var(0)[TIMID].mean(),
     }
-    return measures, nearest, similarity
+    return measures, shown[near_novel], novel_ssim
 
 
 # --------------------------------------------------------------------------------------
@@ -261,16 +272,16 @@ def evenly(count, total):
     return np.linspace(0, total - 1, min(count, total)).round().astype(int)
 
 
-def draw_reconstructions(path, test, reconstructed, codes, num_embeddings, kind):
-    chosen = evenly(8, len(test))
+def draw_reconstructions(path, test, reconstructed, num_embeddings, kind):
+    chosen = evenly(8, len(test.images))
     figure, axes = plt.subplots(3, len(chosen), figsize=(1.5 * len(chosen), 5.2), squeeze=False)
     for axis, i in zip(axes.T, chosen):
-        show(axis[0], test[i])
-        show(axis[1], reconstructed[i], f"SSIM {ssim(test[i : i + 1], reconstructed[i : i + 1])[0]:.3f}")
-        show(axis[2], codes[i], cmap="nipy_spectral", vmax=num_embeddings - 1)
+        show(axis[0], test.images[i])
+        show(axis[1], reconstructed[i], f"SSIM {ssim(test.images[i : i + 1], reconstructed[i : i + 1])[0]:.3f}")
+        show(axis[2], test.codes[i], cmap="nipy_spectral", vmax=num_embeddings - 1)
     for axis, label in zip(axes[:, 0], (f"test {kind}", "reconstruction", "codes")):
         axis.set_ylabel(label)
-    figure.suptitle(f"{len(chosen)} of {len(test)} test {kind}s, evenly spaced, not selected", fontsize=10)
+    figure.suptitle(f"{len(chosen)} of {len(test.images)} test {kind}s, evenly spaced, not selected", fontsize=10)
     save(figure, path)
 
 
@@ -286,13 +297,13 @@ def pictured(labels):
     return first[: len(first) // columns * columns].reshape(-1, columns)
 
 
-def draw_samples(path, samples, labels, nearest, similarity, caption):
+def draw_samples(path, novel, nearest, similarity, caption):
     """Rows of novel slices, and under each the nearest training slice."""
-    chosen = pictured(labels)
+    chosen = pictured(novel.labels)
     rows, columns = chosen.shape
     figure, axes = plt.subplots(2 * rows, columns, figsize=(1.15 * columns, 2.7 * rows + 0.5), squeeze=False)
     for (row, column), i in np.ndenumerate(chosen):
-        show(axes[2 * row, column], samples[i], f"slice {labels[i]}" if labels[i] >= 0 else "")
+        show(axes[2 * row, column], novel.images[i], f"slice {novel.labels[i]}" if novel.labels[i] >= 0 else "")
         show(axes[2 * row + 1, column], nearest[i], f"SSIM {similarity[i]:.2f}")
     for row in range(rows):
         axes[2 * row, 0].set_ylabel("novel", fontsize=9)
@@ -301,20 +312,20 @@ def draw_samples(path, samples, labels, nearest, similarity, caption):
     save(figure, path)
 
 
-def draw_completions(path, vqvae, pixelcnn, test, labels, codes, seed, temperature, kind):
+def draw_completions(path, vqvae, pixelcnn, test, seed, temperature, kind):
     """Keep the codes of the upper half of test slices and draw the rest, three times."""
-    chosen, draws = evenly(8, len(test)), 3
-    known = np.repeat(codes[chosen], draws, axis=0)
-    known[:, codes.shape[1] // 2 :] = -1
-    drawn = pixelcnn.sample(len(known), seed, temperature, known=known, labels=np.repeat(labels[chosen], draws))
+    chosen, draws = evenly(8, len(test.images)), 3
+    known = np.repeat(test.codes[chosen], draws, axis=0)
+    known[:, known.shape[1] // 2 :] = -1
+    drawn = pixelcnn.sample(len(known), seed, temperature, known=known, labels=np.repeat(test.labels[chosen], draws))
     completed = dataset.images_of(vqvae, drawn)
-    completed = completed.reshape(len(chosen), draws, *test.shape[1:])
+    completed = completed.reshape(len(chosen), draws, *test.images.shape[1:])
     figure, axes = plt.subplots(1 + draws, len(chosen), figsize=(1.5 * len(chosen), 6.6), squeeze=False)
-    for axis, original, drawn in zip(axes.T, test[chosen], completed):
+    for axis, original, drawn in zip(axes.T, test.images[chosen], completed):
         show(axis[0], original)
         for below, image in zip(axis[1:], drawn):
             show(below, image)
-            below.axhline(test.shape[1] / 2 - 0.5, color="tab:orange", linewidth=0.8)
+            below.axhline(test.images.shape[1] / 2 - 0.5, color="tab:orange", linewidth=0.8)
     axes[0, 0].set_ylabel(f"test {kind}")
     for axis in axes[1:, 0]:
         axis.set_ylabel("lower half drawn")
@@ -736,34 +747,22 @@ def predict(options):
     config, vqvae, pixelcnn = load_run(run)
     splits, data = load_data(options, config)
     kind = "phantom" if data["phantom"] else "slice"
-    train, test = (splits[name].images.astype(np.float32) / 255 for name in ("train", "test"))
-    train_labels, test_labels = (dataset.known_labels(splits[name], pixelcnn.num_labels) for name in ("train", "test"))
-    labels = asked_labels(options, pixelcnn.num_labels, test_labels)
-    labels = np.resize(labels, options.num_samples or len(test_labels)).astype(np.int32)
     subjects = splits["test"].subjects
 
     print("encoding and reconstructing")
-    train_codes, test_codes = dataset.codes_of(vqvae, train), dataset.codes_of(vqvae, test)
-    reconstructed = dataset.images_of(vqvae, test_codes)
-
-    print(f"sampling {len(labels)} novel {kind}s")
-    started = time.time()
-    codes = pixelcnn.sample(len(labels), options.seed, options.temperature, labels=labels).numpy()
-    samples = dataset.images_of(vqvae, codes)
-    seconds = time.time() - started
-
-    variants = dataset.shown_variants(train, config["settings"]["mirror"])
-    shown = np.concatenate(variants), np.tile(train_labels, len(variants))
+    train, test = (encode_split(splits[name], vqvae, pixelcnn.num_labels) for name in ("train", "test"))
+    reconstructed = dataset.images_of(vqvae, test.codes)
+    novel, seconds = draw_novel(vqvae, pixelcnn, test.labels, options, kind)
     measures, nearest, similarity = measure_samples(
-        samples, labels, (test, test_labels), reconstructed, (train, train_labels), shown, options.seed
+        novel, test, reconstructed, train, config["settings"]["mirror"], options.seed
     )
     report = {
         "data": data,
-        "reconstruction": measure_reconstructions(test, reconstructed, subjects),
-        "codebook": measure_codebook(pixelcnn.num_embeddings, test_codes, train_codes),
-        "prior": measure_prior(pixelcnn, test_codes, test_labels, train_codes, train_labels, subjects),
+        "reconstruction": measure_reconstructions(test.images, reconstructed, subjects),
+        "codebook": measure_codebook(pixelcnn.num_embeddings, test.codes, train.codes),
+        "prior": measure_prior(pixelcnn, test, train, subjects),
         "samples": {
-            "count": len(labels),
+            "count": len(novel.labels),
             "seed": options.seed,
             "temperature": options.temperature,
             "slices": options.slice,  # None: those of the test slices
@@ -772,26 +771,39 @@ def predict(options):
         },
     }
 
-    draw_reconstructions(run / "reconstructions.png", test, reconstructed, test_codes, pixelcnn.num_embeddings, kind)
+    draw_reconstructions(run / "reconstructions.png", test, reconstructed, pixelcnn.num_embeddings, kind)
     caption = (
-        f"Novel {kind}s, not selected: {pictured(labels).size} of {len(labels)}, seed {options.seed}, "
+        f"Novel {kind}s, not selected: {pictured(novel.labels).size} of {len(novel.labels)}, seed {options.seed}, "
         f"temperature {options.temperature}. Under each its nearest training {kind} and their SSIM"
     )
-    draw_samples(run / "samples.png", samples, labels, shown[0][nearest], similarity, caption)
+    draw_samples(run / "samples.png", novel, nearest, similarity, caption)
     if options.complete:
-        draw_completions(
-            run / "completions.png",
-            *(vqvae, pixelcnn, test, test_labels, test_codes, options.seed, options.temperature, kind),
-        )
+        draw_completions(run / "completions.png", vqvae, pixelcnn, test, options.seed, options.temperature, kind)
 
     def save_samples(path):
         with open(path, "wb") as file:
-            np.savez_compressed(file, images=samples, codes=codes, labels=labels)
+            np.savez_compressed(file, **novel._asdict())
 
     dataset.write_whole(run / "samples.npz", save_samples)
     dataset.write_json(run / "report.json", report)
     print(json.dumps(report, indent=2, default=float))
     print(f"done: the pictures and report.json are in {run}")
+
+
+def encode_split(split, vqvae, num_labels):
+    images = split.images.astype(np.float32) / 255
+    return Slices(images, dataset.known_labels(split, num_labels), dataset.codes_of(vqvae, images))
+
+
+def draw_novel(vqvae, pixelcnn, test_labels, options, kind):
+    """The novel slices that are asked for, of the levels of --slice or of the test slices, and the seconds it took."""
+    labels = asked_labels(options, pixelcnn.num_labels, test_labels)
+    labels = np.resize(labels, options.num_samples or len(test_labels)).astype(np.int32)
+    print(f"sampling {len(labels)} novel {kind}s")
+    started = time.time()
+    codes = pixelcnn.sample(len(labels), options.seed, options.temperature, labels=labels).numpy()
+    novel = Slices(dataset.images_of(vqvae, codes), labels, codes)
+    return novel, time.time() - started
 
 
 def main(arguments=None):
