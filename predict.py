@@ -100,6 +100,13 @@ def frechet_distance(scores, others):
     return float(np.square(scores.mean(0) - others.mean(0)).sum() + np.trace(cov1) + np.trace(cov2) - 2 * root)
 
 
+def resample(subjects, count):
+    """Indices of the slices of as many subjects, drawn with replacement, for a bootstrap: a list of `count` arrays."""
+    slices_of = [np.flatnonzero(np.array(subjects) == subject) for subject in sorted(set(subjects))]
+    draws = np.random.default_rng(0).integers(len(slices_of), size=(count, len(slices_of)))
+    return [np.concatenate([slices_of[i] for i in draw]) for draw in draws]
+
+
 def interval(subjects, statistic):
     """95 % of what a statistic of slices becomes with other subjects: a bootstrap over whole subjects.
 
@@ -111,10 +118,7 @@ def interval(subjects, statistic):
     """
     if subjects is None or len(set(subjects)) < 2:
         return None
-    slices_of = [np.flatnonzero(np.array(subjects) == subject) for subject in sorted(set(subjects))]
-    rng = np.random.default_rng(0)
-    draws = rng.integers(len(slices_of), size=(RESAMPLES, len(slices_of)))
-    values = [statistic(np.concatenate([slices_of[i] for i in draw])) for draw in draws]
+    values = [statistic(chosen) for chosen in resample(subjects, RESAMPLES)]
     return np.percentile(values, [2.5, 97.5]).tolist()
 
 

@@ -153,11 +153,8 @@ def auroc(changed, unchanged):
 
 def bootstrap(statistic, subjects):
     """statistic(indices of slices): of all, then of RESAMPLES draws of as many subjects."""
-    slices_of = [np.flatnonzero(subjects == subject) for subject in np.unique(subjects)]
-    rng = np.random.default_rng(0)
-    draws = rng.integers(len(slices_of), size=(RESAMPLES, len(slices_of)))
-    resampled = [np.concatenate([slices_of[i] for i in draw]) for draw in draws]
-    return np.array([statistic(chosen) for chosen in [np.arange(len(subjects)), *resampled]])
+    draws = [np.arange(len(subjects)), *predict.resample(subjects, RESAMPLES)]
+    return np.array([statistic(chosen) for chosen in draws])
 
 
 # --------------------------------------------------------------------------------------
