@@ -264,6 +264,7 @@ def shown_variants(images, mirror):
 
 # What `augment` changes at most: pixels down and across, degrees, growth, and ln gamma.
 CHANGE_LIMITS = np.array([2, 2, 4, 0.04, 0.12])
+NUM_CHANGES = len(CHANGE_LIMITS) + 1  # numbers that tell of a copy: those, and a 1
 
 
 def augment(images, seed):

@@ -473,7 +473,7 @@ def make_pixelcnn(settings, num_labels=0):
         context_filters=settings.context_filters,
         zero_init=settings.zero_init,
         num_labels=num_labels,
-        num_changes=len(dataset.CHANGE_LIMITS) + 1 if settings.augmentations else 0,
+        num_changes=dataset.NUM_CHANGES if settings.augmentations else 0,
     )
 
 
@@ -535,7 +535,7 @@ def encode_variants(vqvae, images, settings):
     # About a quarter of all that is shown is unchanged, for so the prior is measured and sampled.
     repeats = max(1, settings.augmentations // (3 * len(unchanged)))
     codes = [dataset.codes_of(vqvae, pictures / np.float32(255)) for pictures in unchanged] * repeats
-    changes = [np.zeros((len(images), len(dataset.CHANGE_LIMITS) + 1), np.float32)] * len(codes)
+    changes = [np.zeros((len(images), dataset.NUM_CHANGES), np.float32)] * len(codes)
     if settings.augmentations:
         print(f"making {settings.augmentations} changed copies of {len(images)} training slices")
         progress = dataset.progress_bar(settings.augmentations, "copy")
