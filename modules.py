@@ -154,7 +154,8 @@ class VectorQuantizer(layers.Layer):
             state = {"trainable": False, "initializer": "zeros", "aggregation": "only_first_replica"}
             self.ema_counts = self.add_weight(name="ema_counts", shape=shape[:1], **state)
             self.ema_sums = self.add_weight(name="ema_sums", shape=shape, **state)
-            self.ema_steps = self.add_weight(name="ema_steps", shape=(), dtype="int32", **state)
+            # int64: on a GPU machine int32 variables stay on the host, where a step compiled by XLA cannot read them.
+            self.ema_steps = self.add_weight(name="ema_steps", shape=(), dtype="int64", **state)
 
     def call(self, latents, training=False):
         codes = self.nearest(latents)
@@ -214,7 +215,7 @@ class VectorQuantizer(layers.Layer):
         Most of a batch is background, and all of its latents are the same one.
         """
         # Stateless, so that a resumed training draws what the uninterrupted one would have drawn.
-        seed = tf.stack([0, tf.convert_to_tensor(self.ema_steps)])
+        seed = tf.cast(tf.stack([0, tf.convert_to_tensor(self.ema_steps)]), tf.int32)
         # Sorted along a random direction, equal latents are neighbours; the first of each kind takes part.
         along = tf.reduce_sum(latents * (uniform((self.embedding_dim,), seed) - 0.5), axis=1)
         order = tf.argsort(along)
