@@ -9,15 +9,19 @@ The preprocessed OASIS set, as unzipped, has 32 slices of every subject:
       keras_png_slices_seg_*/     masks, ignored
 
 Other PNG or JPEG files in these three folders work too. `write_phantom` makes such a folder out of
-random head phantoms, for a try without any download. Run as a script, this file prints what it finds:
+random head phantoms, for a try without any download. Run as a script, this file prints what it finds;
+with --from it makes such a folder out of OASIS-1, unpacked into FOLDER:
 
     python dataset.py keras_png_slices_data
+    python dataset.py --from FOLDER keras_png_slices_data
 """
 
+import argparse
 import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import pathlib
 import re
@@ -25,31 +29,14 @@ import shlex
 import shutil
 import sys
 import warnings
-import zipfile
-import zlib
+from concurrent import futures
 
+import keras
+import nibabel
 import numpy as np
+import scipy.linalg
+import tensorflow as tf
 from scipy import ndimage
-
-
-@contextlib.contextmanager
-def quiet_start():
-    """Keep a dozen lines that TensorFlow writes past sys.stderr, whatever its log level, off the screen."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    sys.stderr.flush()
-    kept = os.dup(2)
-    with open(os.devnull, "wb") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-
-
-with quiet_start():
-    import keras
-    import tensorflow as tf
 
 SPLITS = ("train", "validate", "test")
 IMAGE_SIZE = 64  # pixels a side, after resizing
@@ -57,24 +44,30 @@ HELD_OUT = 10  # without a validate folder, one subject in this many is held out
 
 
 @dataclasses.dataclass
-class Split:
+class Slices:
     """The slices of one split, ordered by case and slice number."""
 
     images: np.ndarray  # uint8 [0, 255], (N, 64, 64)
-    names: list[str]  # file names
-    subjects: list[str] | None  # "case_001", one a slice; None where the names do not tell
-    labels: np.ndarray | None  # slice numbers, int32 (N,); None where the names do not tell
+    names: np.ndarray  # file names (N,)
+    cases: np.ndarray  # number of the subject, int32 (N,); -1 where the name does not tell
+    labels: np.ndarray  # slice number, int32 (N,); -1 where the name does not tell
 
+    def __getitem__(self, chosen):
+        return Slices(self.images[chosen], self.names[chosen], self.cases[chosen], self.labels[chosen])
 
-def known_labels(split, num_labels):
-    """Slice numbers below `num_labels`, -1 for others and where the names do not tell: int32 (N,)."""
-    labels = np.full(len(split.images), -1, np.int32) if split.labels is None else split.labels
-    return np.where(labels < num_labels, labels, -1)
+    def known_labels(self, num_labels):
+        """The slice numbers below `num_labels`, else -1: int32 (N,)."""
+        return np.where(self.labels < num_labels, self.labels, -1).astype(np.int32)
+
+    @property
+    def subjects(self):
+        """How many there are; None where a name does not tell."""
+        return None if (self.cases < 0).any() else len(np.unique(self.cases))
 
 
 def to_float(images):
     """uint8 [0, 255], (N, H, W) -> float32 [0, 1], (N, H, W, 1)."""
-    return tf.cast(images, tf.float32)[..., None] / 255.0
+    return np.asarray(images, np.float32)[..., None] / np.float32(255)
 
 
 # --------------------------------------------------------------------------------------
@@ -99,15 +92,15 @@ def find_data(folder):
 
 
 def parse_name(name):
-    """Case and slice number: case_001_slice_2.nii.png -> (1, 2); None for a name of another form."""
-    match = re.match(r"case_(\d+)_slice_(\d{1,4})\.", name)
-    return match and (int(match[1]), int(match[2]))
+    """Case and slice number: case_001_slice_2.nii.png -> (1, 2); (-1, -1) for a name of another form."""
+    match = re.match(r"case_(\d{1,9})_slice_(\d{1,4})\.", name)
+    return (int(match[1]), int(match[2])) if match else (-1, -1)
 
 
 def slice_number(name):
-    """The number behind "slice" in a file name, as in case_001_slice_2.nii.png or P7-Slice02.jpg; None without one."""
-    match = re.search(r"(?<![a-z])slice[ _-]?(\d{1,9})(?!\d)", name.lower())
-    return match and int(match[1])
+    """The number behind "slice" in a file name, as in case_001_slice_2.nii.png or P7-Slice02.jpg; -1 without one."""
+    match = re.search(r"(?<![a-z])slice[ _-]?(\d{1,4})(?!\d)", name.lower())
+    return int(match[1]) if match else -1
 
 
 def list_slices(folder, remedy="unzip the data again"):
@@ -120,7 +113,7 @@ def list_slices(folder, remedy="unzip the data again"):
     ]
     if not paths:
         raise UserError(f"{folder}: no slices in it (PNG or JPEG; seg_* masks do not count); {remedy}")
-    return sorted(paths, key=lambda path: (parse_name(path.name) or (0, 0), path.name))
+    return sorted(paths, key=lambda path: (parse_name(path.name), path.name))
 
 
 def read_slice(path):
@@ -159,18 +152,14 @@ def read_images(paths, label):
 
 
 def load_split(folder, label):
-    """Every slice of one split folder, as a `Split`."""
+    """Every slice of one split folder, as `Slices`."""
     paths = list_slices(folder)
-    parsed = [parse_name(path.name) for path in paths]
-    subjects = labels = None
-    if None not in parsed:
-        subjects = [f"case_{case:03d}" for case, _ in parsed]
-        labels = np.array([index for _, index in parsed], np.int32)
-    return Split(read_images(paths, label), [path.name for path in paths], subjects, labels)
+    cases, labels = np.array([parse_name(path.name) for path in paths], np.int32).T
+    return Slices(read_images(paths, label), np.array([path.name for path in paths]), cases, labels)
 
 
 def load(folder, splits=SPLITS):
-    """Read the splits of the data in `folder`, or one level down: {name: Split}.
+    """Read the splits of the data in `folder`, or one level down: {name: Slices}.
 
     Without a validate folder, every tenth subject of train is held out for it. Raises UserError
     for missing folders, broken files, and a subject that is in two splits.
@@ -184,55 +173,40 @@ def load(folder, splits=SPLITS):
         elif name != "validate":
             raise UserError(f"--data {root}: no folder {split_folder.name} in it; unzip the data again")
 
+    refuse_shared_subjects(loaded)
     if any(split.subjects is None for split in loaded.values()):
         warnings.warn(
             "some files are not named case_N_slice_M: subjects cannot be told apart, "
             "so nobody can check that none is in two splits",
             stacklevel=2,
         )
-    else:
-        refuse_shared_subjects(loaded)
     if "validate" in splits and "validate" not in loaded:
         loaded["train"], loaded["validate"] = hold_out(loaded["train"])
     for name, split in loaded.items():
-        subjects = f" of {len(set(split.subjects))} subjects" if split.subjects else ""
+        subjects = f" of {split.subjects} subjects" if split.subjects else ""
         print(f"{name}: {len(split.images)} slices{subjects}, {IMAGE_SIZE}x{IMAGE_SIZE}, "
               f"uint8 {split.images.min()} to {split.images.max()}")  # fmt: skip
     return loaded
 
 
 def refuse_shared_subjects(loaded):
-    names = list(loaded)
-    for i, first in enumerate(names):
-        for second in names[i + 1 :]:
-            shared = sorted(set(loaded[first].subjects) & set(loaded[second].subjects))
-            if shared:
-                raise UserError(
-                    f"{len(shared)} subject(s) in both {first} and {second}, remove them from one: "
-                    + ", ".join(shared[:10])
-                )
+    first_split = {}
+    for name, split in loaded.items():
+        for case in np.unique(split.cases[split.cases >= 0]):
+            if first_split.setdefault(case, name) != name:
+                raise UserError(f"case_{case:03d} is in both {first_split[case]} and {name}: remove it from one")
 
 
 def hold_out(train):
     """Split train into (train, validate) by whole subjects, or by its last tenth where names do not tell."""
     if train.subjects:
-        chosen = set(sorted(set(train.subjects))[HELD_OUT - 1 :: HELD_OUT] or train.subjects[-1:])
-        held_out = np.array([subject in chosen for subject in train.subjects])
+        cases = np.unique(train.cases)
+        held_out = np.isin(train.cases, cases[HELD_OUT - 1 :: HELD_OUT] if len(cases) >= HELD_OUT else cases[-1:])
     else:
         held_out = np.arange(len(train.images)) >= len(train.images) * (HELD_OUT - 1) // HELD_OUT
     if held_out.all():
         raise UserError("only one subject in train and no validate folder: nothing left to train on; add subjects")
-
-    def part(keep):
-        indices = np.flatnonzero(keep)
-        return Split(
-            train.images[indices],
-            [train.names[i] for i in indices],
-            train.subjects and [train.subjects[i] for i in indices],
-            None if train.labels is None else train.labels[indices],
-        )
-
-    return part(~held_out), part(held_out)
+    return train[~held_out], train[held_out]
 
 
 def fingerprint(loaded):
@@ -240,7 +214,7 @@ def fingerprint(loaded):
     return {
         name: {
             "images": len(split.images),
-            "subjects": len(set(split.subjects)) if split.subjects else None,
+            "subjects": split.subjects,
             "sha256": hashlib.sha256(os.fsencode("\n".join(split.names)) + split.images.tobytes()).hexdigest(),
         }
         for name, split in loaded.items()
@@ -248,18 +222,154 @@ def fingerprint(loaded):
 
 
 # --------------------------------------------------------------------------------------
-# Batches
+# The same folder, out of OASIS-1 as anybody can download it
 # --------------------------------------------------------------------------------------
 
 
-def mirrored(images):
-    """(N, H, W) -> the same, mirrored. Up-down is left-right of the head."""
-    return images[:, ::-1]
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """One form in which OASIS-1 can be had, and which 32 slices of a head are taken."""
+
+    name: str
+    example: str  # one of its files
+    pattern: str  # of folder/file; the groups are case and visit, and for single slices scan and level
+    shape: tuple[int, ...]  # of an array in a file
+    axis: int | None  # of a volume, from slice to slice; None where a file is one slice
+    levels: range | None  # of a volume, the slices that are taken, lowest first; else the highest
+    size: tuple[int, int]  # what a slice is scaled to, before it is centred in 256 x 256 pixels
+
+
+# Of the documentation: names, shapes, axes. No file of the three was at hand. Tried: made-up ones; and the one public
+# slice of the course set, which has a pixel a mm. Enlarged by 256/208 it lies, right and left too, as those slices do
+# that this project was measured on, and is most like the second lowest of a head's 32.
+#   Discs: 1 mm voxels in Talairach space; left-right, posterior to anterior, inferior to superior. The levels are
+#     estimated: midbrain to the roof of the lateral ventricles. The size is 256/208 pixels a mm.
+#   neurite-oasis: 1 mm voxels in FreeSurfer's Talairach space; right to left, superior to inferior, posterior to
+#     anterior. z = 0 is at 128 - 31, where 31 voxels were cut off, so the levels are z = -6 to 25 mm, estimated as
+#     above. The size is 256/208 pixels a mm too; heads are about 5 % larger in that space.
+#   JPEG copies: single scans, axial, with the skull, not aligned; 61 levels a millimetre apart, of which the highest
+#     32 are the most like the others'. 496 x 248 pixels are 256 x 160 mm, since a scan has 256 x 128 voxels of
+#     1 x 1.25 mm; a pixel a mm keeps the whole frame. That the heads face right is a guess.
+# fmt: off
+SOURCES = (
+    Source("OASIS-1 discs", "OAS1_0001_MR1_mpr_n4_anon_111_t88_masked_gfc.hdr",
+           r".*/OAS1_(?P<case>\d+)_MR(?P<visit>\d+)_mpr_n\d+_anon_111_t88_masked_gfc\.(?:hdr|img)",
+           shape=(176, 208, 176), axis=2, levels=range(70, 102), size=(216, 256)),
+    Source("neurite-oasis", "OASIS_OAS1_0001_MR1/aligned_norm.nii.gz",
+           r"OASIS_OAS1_(?P<case>\d+)_MR(?P<visit>\d+)/aligned_norm\.nii\.gz",
+           shape=(160, 192, 224), axis=1, levels=range(103, 71, -1), size=(196, 276)),
+    Source("JPEG copies", "OAS1_0001_MR1_mpr-1_100.jpg",
+           r".*/OAS1_(?P<case>\d+)_MR(?P<visit>\d+)_mpr-(?P<scan>\d+)_(?P<level>\d+)\.jpg",
+           shape=(248, 496), axis=None, levels=None, size=(160, 256)),
+)
+# fmt: on
+
+
+def find_heads(folder):
+    """What is in `folder` or below, one head a subject: Source, {case: {level: path}}; a volume has level 0.
+
+    A subject's second visit and repeated scans are the same head again, and would leak from split to split.
+    """
+    folder = pathlib.Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"--from {folder}: no such folder; name the one that OASIS-1 was unpacked into")
+    paths = sorted(folder.rglob("*"))
+    for source in SOURCES:
+        scans = {}  # (case, visit, scan) -> {level: path}
+        for path in paths:
+            if match := re.fullmatch(source.pattern, f"{path.parent.name}/{path.name}"):
+                numbers = {"scan": 0, "level": 0, **{name: int(digits) for name, digits in match.groupdict().items()}}
+                scan = scans.setdefault((numbers["case"], numbers["visit"], numbers["scan"]), {})
+                scan.setdefault(numbers["level"], path)
+        if scans:
+            first = {scan[0]: scans[scan] for scan in sorted(scans, reverse=True)}
+            visits = len({scan[:2] for scan in scans})
+            print(f"{folder}: {len(first)} heads of {source.name}; left out: {visits - len(first)} second visits, "
+                  f"{len(scans) - visits} repeated scans")  # fmt: skip
+            return source, dict(sorted(first.items()))
+    examples = ", or ".join(f"{source.example} ({source.name})" for source in SOURCES)
+    raise UserError(f"--from {folder}: nothing known in it; unpack OASIS-1 there. Looked for files such as {examples}")
+
+
+def read_checked(path, source):
+    """The array in one file, which must be of the shape that `source` has."""
+    try:
+        if source.axis is None:
+            array = tf.io.decode_image(tf.io.read_file(os.fsencode(path)), channels=1).numpy()
+        else:
+            array = np.asarray(nibabel.load(path).dataobj)  # as stored, whatever the header says of directions
+    except Exception as error:  # nibabel has many kinds of its own for damaged files
+        cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path} cannot be read ({cause}): unpack or download it again") from None
+    if array.shape not in (source.shape, (*source.shape, 1)):
+        raise UserError(f"{path} is of shape {array.shape}, not {source.shape}: take it out of the folder")
+    return array.reshape(source.shape)
+
+
+def head_slices(files, source):
+    """One head, {level: path}, as in the course set: uint8 (32, 256, 256). White is the 99.9th percentile of all 32."""
+    path = next(iter(files.values()))
+    if source.axis is not None:
+        slices = np.moveaxis(read_checked(path, source), source.axis, 0)[list(source.levels)]
+    elif len(files) < 32:
+        raise UserError(f"{path}: of this scan there are {len(files)} slices, not 32 or more: download it again")
+    else:
+        slices = np.stack([read_checked(files[level], source) for level in sorted(files)[-32:]])
+    white = np.percentile(slices, 99.9)
+    if not white > 0:
+        raise UserError(f"{path}: no brain in it; download it again, or take it out of the folder")
+    slices = tf.image.resize(slices[..., None] / np.float32(white), source.size, antialias=True)
+    slices = tf.image.resize_with_crop_or_pad(slices, 256, 256)
+    return tf.cast(tf.round(255 * tf.clip_by_value(slices[..., 0], 0, 1)), tf.uint8)
+
+
+def split_cases(cases):
+    """Sorted case numbers -> {split: case numbers}: the last tenth is for test, the tenth before it for validate."""
+    if len(cases) < 3:
+        raise UserError(f"only {len(cases)} subject(s), and each of {', '.join(SPLITS)} needs one: add another disc")
+    tenth = max(1, round(len(cases) / 10))
+    return {"train": cases[: -2 * tenth], "validate": cases[-2 * tenth : -tenth], "test": cases[-tenth:]}
+
+
+def import_oasis(folder, target):
+    """Write 32 slices of every head in `folder` to the new folder `target`, which appears complete or not at all."""
+    target = pathlib.Path(target)
+    if target.exists():
+        raise UserError(f"{target} exists: name another folder, or delete it first")
+    source, heads = find_heads(folder)
+    splits = split_cases(list(heads))
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+    progress = progress_bar(len(heads), "head")
+    try:
+        with told_if_it_fails(target):
+            partial.mkdir()
+            for split, cases in splits.items():
+                split_folder = partial / f"keras_png_slices_{split}"
+                split_folder.mkdir()
+                for case in cases:
+                    for index, picture in enumerate(head_slices(heads[case], source)):
+                        path = split_folder / f"case_{case:03d}_slice_{index}.nii.png"
+                        tf.io.write_file(str(path), tf.io.encode_png(picture[..., None]))
+                    progress.add(1)
+            partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    counts = ", ".join(f"{split} {len(cases)}" for split, cases in splits.items())
+    print(f"{target}: 32 slices of every head; heads: {counts}")
+
+
+# --------------------------------------------------------------------------------------
+# What the models are shown
+# --------------------------------------------------------------------------------------
 
 
 def shown_variants(images, mirror):
-    """What a model is shown of unchanged slices: [(N, H, W)] as they are, and mirrored where `mirror` says so."""
-    return [images] + [mirrored(images)] * mirror
+    """Unchanged slices as a model is shown them: [(N, H, W)] as they are, and mirrored where `mirror` says so.
+
+    The heads lie on their side: up and down of a slice are left and right of the head.
+    """
+    return [images] + [images[:, ::-1]] * mirror
 
 
 # What `augment` changes at most: pixels down and across, degrees, growth, and ln gamma.
@@ -267,70 +377,81 @@ CHANGE_LIMITS = np.array([2, 2, 4, 0.04, 0.12])
 NUM_CHANGES = len(CHANGE_LIMITS) + 1  # numbers that tell of a copy: those, and a 1
 
 
-def augment(images, seed):
-    """A changed copy of each slice: shifted, turned, scaled (cubic splines), lighter or darker; and the changes.
+def change(image, amounts):
+    """One slice shifted, turned, scaled (cubic splines), lighter or darker: uint8 (H, W) -> the same."""
+    *shift, turn, growth, gamma = amounts * CHANGE_LIMITS
+    cos, sin = np.cos(np.radians(turn)), np.sin(np.radians(turn))
+    matrix = np.array([[cos, -sin], [sin, cos]]) / (1 + growth)  # from the new picture to the old
+    centre = (np.array(image.shape) - 1) / 2
+    offset = centre - matrix @ (centre + shift)
+    moved = ndimage.affine_transform(image / np.float32(255), matrix, offset, order=3).clip(0, 1)
+    return np.rint(255 * moved ** np.exp(gamma)).astype(np.uint8)
+
+
+def augment(images, heads, seed):
+    """A changed copy of each slice, all slices of a head changed alike; and the changes.
 
     Args:
         images: uint8 (N, H, W).
+        heads: int (N,), which of them belong together.
         seed: int, or several.
 
     Returns: uint8 (N, H, W); float32 (N, 6): five uniform numbers from -1 to 1, how much of each of
         CHANGE_LIMITS was applied, and a 1, where a slice as it is has six zeros.
     """
-    rng = np.random.default_rng(seed)
-    amounts = rng.uniform(-1, 1, (len(images), len(CHANGE_LIMITS)))
-    changed = np.empty_like(images)
-    centre = (np.array(images.shape[1:]) - 1) / 2
-    for i, image in enumerate(images):
-        *shift, turn, growth, gamma = amounts[i] * CHANGE_LIMITS
-        cos, sin = np.cos(np.radians(turn)), np.sin(np.radians(turn))
-        matrix = np.array([[cos, -sin], [sin, cos]]) / (1 + growth)  # from the new picture to the old
-        offset = centre - matrix @ (centre + shift)
-        moved = ndimage.affine_transform(image / np.float32(255), matrix, offset, order=3).clip(0, 1)
-        changed[i] = np.rint(255 * moved ** np.exp(gamma))
-    return changed, np.pad(amounts, [[0, 0], [0, 1]], constant_values=1).astype(np.float32)
+    amounts = np.random.default_rng(seed).uniform(-1, 1, (max(heads) + 1, len(CHANGE_LIMITS)))[heads]
+    with futures.ThreadPoolExecutor(os.cpu_count()) as threads:  # scipy.ndimage lets them run side by side
+        changed = list(threads.map(change, images, amounts))
+    return np.stack(changed), np.pad(amounts, [[0, 0], [0, 1]], constant_values=1).astype(np.float32)
 
 
-def shuffled_batches(variants, batch_size, seed, epochs):
-    """Batches of the same structure and dtypes, (batch_size, ...), that depend on nothing but `seed` and the epoch.
+def heads_of(slices):
+    """Which slices are of the same head, from 0: int (N,). Where names do not tell, every slice is one of its own."""
+    unknown = slices.cases < 0
+    cases = np.where(unknown, -1 - np.arange(len(unknown)), slices.cases)
+    return np.unique(cases, return_inverse=True)[1]
 
-    Args:
-        variants: (N, V, ...), V variants of each of N examples, or several such arrays that belong
-            together. An epoch visits every example once, in a new order, as one of its variants at random.
-        batch_size: at most N. The last N % batch_size examples of an epoch's order wait for the next.
-        seed: int.
-        epochs: range of epoch numbers.
+
+def slices_below(slices):
+    """Index of the slice below in the same head, -1 where there is none: int32 (N,)."""
+    places = {place: i for i, place in enumerate(zip(slices.cases.tolist(), slices.labels.tolist())) if place[0] >= 0}
+    below = [places.get((case, label - 1), -1) for case, label in zip(slices.cases.tolist(), slices.labels.tolist())]
+    return np.array(below, np.int32)
+
+
+def principal_components(images, count):
+    """Mean (P,) and the leading principal components (P, count) of the P pixels, the first one first."""
+    pixels = images.reshape(len(images), -1)
+    if not count:
+        return pixels.mean(axis=0), np.zeros((pixels.shape[1], 0))
+    last = pixels.shape[1] - 1
+    covariance = np.cov(pixels.astype(np.float32), rowvar=False, dtype=np.float32)
+    axes = scipy.linalg.eigh(covariance, subset_by_index=[last - count + 1, last])[1]
+    return pixels.mean(axis=0), axes[:, ::-1]
+
+
+def project(images, components):
+    """Scores of images in principal components: (N, count)."""
+    mean, axes = components
+    return (images.reshape(len(images), -1) - mean).astype(np.float64) @ axes
+
+
+def shuffled_batches(examples, variants, batch_size, seed, epochs):
+    """Batches of index pairs (example, variant), int32 (batch_size, 2), that depend on `seed` and the epoch alone.
+
+    An epoch visits every example once, in a new order, as one of its variants at random. The last
+    examples % batch_size of an epoch's order wait for the next.
+
+    Args: number of examples, at least batch_size; of variants of each; batch size; seed; range of epoch numbers.
     """
-    variants = tf.nest.map_structure(tf.constant, variants)
-    examples, choices = tf.nest.flatten(variants)[0].shape[:2]
 
     def one_epoch(epoch):
         order = tf.random.experimental.stateless_shuffle(tf.range(examples), seed=(seed, 2 * epoch))
-        choice = tf.random.stateless_uniform((examples,), (seed, 2 * epoch + 1), maxval=choices, dtype=tf.int32)
+        choice = tf.random.stateless_uniform((examples,), (seed, 2 * epoch + 1), maxval=variants, dtype=tf.int32)
         indices = tf.data.Dataset.from_tensor_slices(tf.stack([order, choice], axis=1))
         return indices.batch(batch_size, drop_remainder=True)
 
-    def gather(index):
-        return tf.nest.map_structure(lambda array: tf.gather_nd(array, index), variants)
-
-    batches = tf.data.Dataset.range(epochs.start, epochs.stop).flat_map(one_epoch)
-    return batches.map(gather).prefetch(tf.data.AUTOTUNE)
-
-
-def in_batches(function, *arrays, batch_size=256):
-    """function(*arrays), a batch at a time, so that the memory it takes does not grow with N: (N, ...) -> (N, ...)."""
-    parts = [slice(start, start + batch_size) for start in range(0, len(arrays[0]), batch_size)]
-    return np.concatenate([function(*(tf.constant(array[part]) for array in arrays)) for part in parts])
-
-
-def codes_of(vqvae, images):
-    """float32 (N, H, W) in [0, 1] -> codes int32 (N, h, w)."""
-    return in_batches(vqvae.encode, images[..., None])
-
-
-def images_of(vqvae, codes):
-    """Codes int32 (N, h, w) -> float32 (N, H, W) in [0, 1]."""
-    return in_batches(vqvae.decode, codes)[..., 0]
+    return tf.data.Dataset.range(epochs.start, epochs.stop).flat_map(one_epoch)
 
 
 # --------------------------------------------------------------------------------------
@@ -338,86 +459,50 @@ def images_of(vqvae, codes):
 # --------------------------------------------------------------------------------------
 
 
-def smooth_noise(rng, points, wavelength, waves=8):
-    """Random field of unit variance at `points` (3, ...): a sum of plane waves in random directions."""
-    directions = rng.standard_normal((waves, 3), "float32")
-    directions *= 2 * np.pi / wavelength / np.linalg.norm(directions, axis=1, keepdims=True)
-    phases = rng.uniform(0, 2 * np.pi, waves).tolist()
-    total = sum(np.cos(np.tensordot(k, points, 1) + p) for k, p in zip(directions, phases))
-    return total * (2 / waves) ** 0.5
-
-
-def ellipsoid_depth(points, centre, radii, lean):
-    """Approximate depth inside an ellipsoid whose front end leans outwards by `lean` radians."""
-    along, across, level = (p - c for p, c in zip(points, centre))
-    along, across = along * np.cos(lean) + across * np.sin(lean), across * np.cos(lean) - along * np.sin(lean)
-    return radii[1] * (1 - np.sqrt(sum((p / r) ** 2 for p, r in zip((along, across, level), radii))))
-
-
 def phantom_slices(rng, slices=32, size=256):
-    """Axial T1-like slices (slices, size, size), uint8, of one random head that faces right."""
-    grid = size // 2  # drawn at half size for speed; lengths are in half picture widths
-    axis = np.linspace(-1, 1, grid, dtype="float32")
-    height = np.linspace(0, 0.25, slices, dtype="float32")
-    points = z, y, x = np.stack(np.meshgrid(height, axis, axis, indexing="ij"))
-    level = 4 * z + rng.uniform(-0.12, 0.12)  # 0: thalamus, 1: top of the ventricles
-    tilt, warp = rng.normal(0, 0.03), [smooth_noise(rng, points, 0.9) for _ in range(2)]
-    x, y = x + tilt * y + 0.008 * warp[0], y - tilt * x + 0.008 * warp[1]
+    """Axial T1-like slices of one random head that faces right: uint8 [0, 255], (slices, size, size)."""
+    length, width = rng.uniform(0.68, 0.78), rng.uniform(0.54, 0.62)  # of half a picture
+    tilt, shift, atrophy = rng.normal(0, 0.04), rng.uniform(-0.5, 0.5), rng.uniform(0, 1)
+    wide, gap = 0.06 + 0.08 * atrophy, 0.01 + 0.03 * atrophy  # of the ventricles, and around the brain
+    white = rng.uniform(0.7, 0.9)
+    grey, nucleus, fluid, scalp = 0.55 * white, 0.8 * white, 0.08, 0.8
+    levels = np.linspace(0, 1, slices) + rng.uniform(-0.1, 0.1)  # 0: thalamus, 1: top of the ventricles
 
-    # An egg, wider at the back. Every `depth` is a distance to a surface, positive inside.
-    length, width = rng.uniform(0.68, 0.76), rng.uniform(0.53, 0.6)
-    along = x / length
-    across = np.abs(y) / width / (1 - 0.08 * along)
-    surface_depth = width * (1 - 0.07 * level**2 - (np.abs(along) ** 2.3 + across**2.3) ** (1 / 2.3))
-    callosum = 0.5 - 0.15 * level**2  # where it joins the hemispheres there is no fissure
-    fissure_depth = np.hypot(y, length * np.clip(callosum - np.abs(along + 0.02), 0, 1))
+    # Both halves of a head are alike. Lengths are in units of the head, so that all in it grows with it.
+    axis = np.linspace(-1, 1, size, dtype="float32")
+    along, across = (axis + tilt * axis[:, None]) / length, np.abs(axis[:, None] - tilt * axis) / width
+    egg = (np.abs(along) ** 2.3 + (across * (1 + 0.08 * along)) ** 2.3) ** (1 / 2.3)  # 1 at the skull; wider behind
+    fissure = np.hypot(1.4 * across, 2 * np.maximum(0.5 - np.abs(along + 0.02), 0))  # 0 in it, none at the callosum
+    angle = np.arctan2(across, along)
 
-    # Sulci are the zero surfaces of a noise that is stretched along the way from the core of a
-    # hemisphere to its surface, so that they mostly cut the surface at right angles.
-    core_x, core_y = np.clip(x, -0.4, 0.36), 0.24 * np.sign(y)
-    pull = 0.35 + 0.22 / (np.hypot(x - core_x, y - core_y) + 0.08)
-    meander_x, meander_y = (0.03 * smooth_noise(rng, points, 0.25) for _ in range(2))
-    unfolded = [0.7 * z, core_y + (y - core_y) * pull + meander_y, core_x + (x - core_x) * pull + meander_x]
-    fold = smooth_noise(rng, np.stack(unfolded), rng.uniform(0.145, 0.19), waves=12)
-    slope = np.sqrt(sum(g**2 for g in np.gradient(fold, height[1], 2 / grid, 2 / grid)))
-    fold_depth = rng.uniform(0.14, 0.19) * (1 + 8 * meander_x)
-    below_folds = np.clip(np.minimum(surface_depth, 2 * fissure_depth) - fold_depth, 0, 1)
-    sulcus_depth = np.hypot(np.abs(fold) / np.clip(slope, 10, 60), below_folds)
-    atrophy = rng.uniform(0, 1)
-    cortex_depth = np.minimum.reduce([surface_depth, fissure_depth, sulcus_depth]) - 0.004 - 0.012 * atrophy
+    def ellipsoid(x, y, level, radii, lean=0.0):
+        """Depth (size, size) below the surface of one at (x, y), `level` off its middle; its front leans outwards."""
+        x, y = along - x, across - y
+        x, y = (x + lean * y) / radii[0], (y - lean * x) / radii[1]
+        return radii[1] * (1 - np.sqrt(x**2 + y**2 + (level / radii[2]) ** 2))
 
-    image = np.zeros_like(x)
+    def draw(level):
+        """One slice: uint8 (size, size). Each organ covers what was painted before it."""
+        skull = 0.93 - 0.06 * level**2 - egg  # depths are positive inside
+        sulci = (0.5 + 0.3 * np.cos(11 * angle + shift + level) + 0.2 * np.cos(7 * angle - shift)) ** 2
+        image = np.zeros_like(egg)
+        for depth, brightness in (
+            (skull + 0.16, scalp),
+            (skull + 0.07, fluid),  # bone is as dark as the fluid in it
+            (np.minimum(skull - 0.04 * sulci, fissure) - gap, grey),  # cortex
+            (np.minimum(skull - 0.14 * sulci, fissure) - gap - 0.09, white),
+            (ellipsoid(-0.10, 0.18, level, (0.23, 0.15, 0.7), -0.2), nucleus),  # thalamus
+            (ellipsoid(0.12, 0.44, level, (0.26, 0.12, 0.6), -0.2), nucleus),  # putamen
+            (ellipsoid(0.24, 0.26, level - 0.4, (0.22, 0.12, 0.6)), nucleus),  # caudate nucleus
+            (ellipsoid(-0.04, 0.00, level, (0.16, 0.6 * wide, 0.6)), fluid),  # third ventricle
+            (ellipsoid(0.30, 0.05 + wide, level - 0.4, (0.22, wide, 0.6), 0.35), fluid),  # frontal horn
+            (ellipsoid(0.02, 0.05 + wide, level - 0.8, (0.40, wide, 0.4)), fluid),  # body of the lateral ventricle
+            (ellipsoid(-0.36, 0.12 + wide, level - 0.2, (0.26, wide, 0.7), -0.5), fluid),  # occipital horn
+        ):
+            image += np.clip(0.5 + depth * size / 8, 0, 1) * (brightness - image)  # a soft edge, as in a scan
+        return np.rint(255 * image).astype("uint8")
 
-    def paint(depth, brightness):
-        """Fill the inside, with an edge about a pixel soft, as a scan's partial volume makes it."""
-        image[...] += np.clip(0.5 + depth * grid / 2.5, 0, 1) * (brightness - image)
-
-    fluid, grey, white = 0.1, rng.uniform(0.36, 0.44), rng.uniform(0.65, 0.78)
-    nucleus, swelling = (grey + white) / 2, 0.7 + 0.8 * atrophy
-    skull_depth = surface_depth + rng.uniform(0.035, 0.05)
-    scalp_depth = skull_depth + 0.03 + 0.004 * warp[0]
-    paint(scalp_depth, 0.85)
-    paint(skull_depth, 0.06)
-    paint(surface_depth + 0.015, fluid)
-    paint(cortex_depth, grey)
-    paint(cortex_depth - rng.uniform(0.03, 0.042), white)
-    bent = across - 0.9 * (along - 0.05) ** 2 - 0.06 * level  # ventricles bow around the thalamus
-    for brightness, centre, radii, lean in (
-        (nucleus, (-0.10, 0.17, 0.0), (0.22, 0.15, 0.6), -0.2),  # thalamus
-        (nucleus, (0.10, 0.44, 0.0), (0.24, 0.11, 0.5), -0.2),  # putamen
-        (nucleus, (0.22, 0.20, 0.4), (0.22, 0.11, 0.5), 0.0),  # caudate nucleus
-        (fluid, (-0.02, 0.00, 0.0), (0.14, 0.04 * swelling, 0.60), 0.0),  # third ventricle
-        (fluid, (0.30, 0.08, 0.4), (0.20, 0.10 * swelling, 0.55), 0.25),  # frontal horn
-        (fluid, (0.02, 0.08, 0.7), (0.42, 0.08 * swelling, 0.30), 0.0),  # body of the lateral ventricle
-        (fluid, (-0.33, 0.15, 0.2), (0.20, 0.10 * swelling, 0.60), -0.35),  # occipital horn
-    ):
-        paint(width * ellipsoid_depth((along, bent, level), centre, radii, lean), brightness)
-    image *= 1 + 0.06 * smooth_noise(rng, points, 2)  # uneven coil sensitivity
-    image += 0.015 * rng.standard_normal(image.shape, "float32")
-    image *= scalp_depth > 0
-    for dimension in (1, 2):  # linear interpolation to full size
-        image = ndimage.convolve1d(image.repeat(2, dimension), [0.25, 0.5, 0.25], dimension)
-    return (255 * np.clip(image, 0, 1)).astype("uint8")
+    return np.stack([draw(level) for level in levels.tolist()])  # Python floats, which keep the arrays float32
 
 
 def write_phantom(folder, train=24, validate=4, test=4, seed=0):
@@ -472,7 +557,27 @@ def write_whole(path, write):
 
 
 def write_json(path, content):
-    write_whole(path, lambda temporary: temporary.write_text(json.dumps(content, indent=2, default=float) + "\n"))
+    """Strict JSON: what is not a finite number becomes null."""
+
+    def strict(value):
+        if isinstance(value, dict):
+            return {key: strict(part) for key, part in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [strict(part) for part in value]
+        if isinstance(value, (float, np.floating)):
+            return float(value) if math.isfinite(value) else None
+        return value
+
+    text = json.dumps(strict(content), indent=2, allow_nan=False) + "\n"
+    write_whole(path, lambda temporary: temporary.write_text(text))
+
+
+def write_arrays(path, **arrays):
+    def write(temporary):
+        with open(temporary, "wb") as file:
+            np.savez_compressed(file, **arrays)
+
+    write_whole(path, write)
 
 
 def read_config(run):
@@ -482,10 +587,9 @@ def read_config(run):
         return None
     try:
         config = json.loads(path.read_text())
-        complete = {"folder", "phantom"} <= config["data"].keys() and "mirror" in config["settings"]
-        if complete and all(isinstance(config[part], dict) for part in ("settings", "data", "versions", "finished")):
+        if {"settings", "data", "versions", "finished"} <= config.keys() and "scores" in config["settings"]:
             return config
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, TypeError, AttributeError):
         pass
     raise UserError(
         f"{path} is broken, or of an earlier version: choose another --run, or delete {shlex.quote(str(run))}"
@@ -496,19 +600,23 @@ def file_checksum(path):
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def load_model(path, remedy, **options):
-    """The model in a .keras file; where the file is cut off or damaged, the user is told the remedy."""
+def finished_model(run, name):
+    """The model that a run was finished with, "vqvae" or "pixelcnn"; None where it is not finished.
+
+    Import `modules` before. Another model, or a damaged one, is refused: the codes of a run are those of one VQ-VAE.
+    """
+    expected, path = read_config(run)["finished"].get(name), run / f"{name}.keras"
+    if expected is None:
+        return None
+    if not path.exists() or file_checksum(path) != expected:
+        raise UserError(
+            f"{path} is not the model that this run was finished with: restore it, or train in another --run"
+        )
     try:
-        with zipfile.ZipFile(path) as archive:  # Keras loads damaged weights without a word
-            if damaged := archive.testzip():
-                raise zipfile.BadZipFile(f"checksum of {damaged}")
-    except (OSError, EOFError, ValueError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"{path} is broken ({type(error).__name__}): {remedy}") from None
-    try:
-        return keras.saving.load_model(path, **options)
-    except (TypeError, ValueError) as error:  # of an older version of these scripts, say
+        return keras.saving.load_model(path, compile=False)
+    except (TypeError, ValueError) as error:
         cause = str(error).strip().splitlines()[0]
-        raise UserError(f"{path} is whole, but this version cannot open it ({cause}): {remedy}") from error
+        raise UserError(f"{path} is of another version ({cause}): train in another --run") from error
 
 
 def progress_verbosity():
@@ -520,9 +628,24 @@ def progress_bar(total, unit):
     return keras.utils.Progbar(total, unit_name=unit, verbose=progress_verbosity())
 
 
-if __name__ == "__main__":
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description="Print what a folder of slices holds, or make one out of OASIS-1.")
+    parser.add_argument("folder", nargs="?", default="keras_png_slices_data", help="the folder of slices (%(default)s)")
+    parser.add_argument("--from", dest="source", metavar="FOLDER", help="make it, out of the OASIS-1 in this folder")
+    options = parser.parse_args(arguments)
     try:
-        load(sys.argv[1] if len(sys.argv) > 1 else "keras_png_slices_data")
+        if options.source is None:
+            load(options.folder)
+        else:
+            import_oasis(options.source, options.folder)
     except UserError as error:
         print(f"dataset.py: {error}", file=sys.stderr)
-        sys.exit(2)
+        return 2
+    except KeyboardInterrupt:
+        print("dataset.py: stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""The two networks: a VQ-VAE for 64x64 slices and a PixelCNN prior over its codes.
+"""The two networks, a VQ-VAE for 64x64 slices and a PixelCNN prior over its codes; and the anomaly maps of both.
 
 References, cited below as [n]:
 [1] van den Oord, Vinyals, Kavukcuoglu: Neural Discrete Representation Learning, arXiv 1711.00937
@@ -7,7 +7,8 @@ References, cited below as [n]:
 [4] Paul: Vector-Quantized Variational Autoencoders, keras.io/examples/generative/vq_vae
 [5] Ramachandran et al.: Fast Generation for Convolutional Autoregressive Models, arXiv 1704.06001
 [6] Jun et al.: Distribution Augmentation for Generative Modeling, ICML 2020
-[7] Naval Marimont, Tarroni: Anomaly Detection through Latent Space Restoration using VQ-VAEs, arXiv 2012.06765
+[7] Li, Katabi, He: Return of Unconditional Generation, arXiv 2312.03701
+[8] Naval Marimont, Tarroni: Anomaly Detection through Latent Space Restoration using VQ-VAEs, arXiv 2012.06765
 
 Shapes: B images of H x W pixels, a latent grid of h x w positions, D numbers a latent vector,
 K codes. An image is float32 in [0, 1], (B, H, W, 1); its codes are int32 in [0, K), (B, h, w).
@@ -17,44 +18,53 @@ K codes. An image is float32 in [0, 1], (B, H, W, 1); its codes are int32 in [0,
     images = vqvae.decode(pixelcnn.sample(16, seed=0))
 """
 
+import contextlib
+import inspect
+
 import keras
 import numpy as np
 import tensorflow as tf
 import tensorflow_probability as tfp
 from keras import layers
+from scipy import ndimage
 
 
 def set_up_devices():
-    """Prepare what TensorFlow runs on; returns a line that says what that is. Call it before anything else.
+    """Prepare what TensorFlow runs on, before anything else does; returns a line that says what that is.
 
     On a GPU, memory is taken as it is needed, so that two processes can share a card, and products stay
     in float32 (no TF32): nearest codes and likelihoods are to be those of a CPU.
     """
-    gpus = tf.config.list_physical_devices("GPU")
-    for gpu in gpus:
-        tf.config.experimental.set_memory_growth(gpu, True)
     tf.config.experimental.enable_tensor_float_32_execution(False)
-    names = [tf.config.experimental.get_device_details(gpu).get("device_name", gpu.name) for gpu in gpus]
-    return (
-        f"running on {len(gpus)} GPU(s): {', '.join(names)}" if gpus else "running on the CPU: TensorFlow sees no GPU"
-    )
-
-
-def choose_strategy():
-    """Every GPU of the machine; where there is one or none, TensorFlow chooses the device by itself."""
-    several = len(tf.config.list_physical_devices("GPU")) > 1
-    return tf.distribute.MirroredStrategy() if several else tf.distribute.get_strategy()
-
-
-def use_xla():
-    """Whether training steps are compiled by XLA: on exactly one GPU, as Keras does by default.
-
-    On a CPU compiled steps take twice the time, and a MirroredStrategy does without.
-    """
-    return len(tf.config.list_physical_devices("GPU")) == 1
+    gpus = tf.config.list_physical_devices("GPU")
+    if not gpus:
+        return "running on the CPU: TensorFlow sees no GPU"
+    with contextlib.suppress(RuntimeError):  # in a notebook where TensorFlow has started already
+        for gpu in gpus:
+            tf.config.experimental.set_memory_growth(gpu, True)
+    name = tf.config.experimental.get_device_details(gpus[0]).get("device_name", gpus[0].name)
+    others = f", the first of {len(gpus)}: CUDA_VISIBLE_DEVICES chooses another" if len(gpus) > 1 else ""
+    return f"running on one GPU, {name}{others}"
 
 
 register = keras.saving.register_keras_serializable(package="oasis")
+
+
+class SavesItsArguments:
+    """`get_config` for a Keras object that keeps every argument of its constructor under the argument's name."""
+
+    def get_config(self):
+        names = list(inspect.signature(type(self).__init__).parameters)[1:-1]  # without self and **kwargs
+        return {**super().get_config(), **{name: getattr(self, name) for name in names}}
+
+
+def in_batches(function, inputs, batch_size=256):
+    """function(inputs), a batch at a time, so that the memory it takes does not grow with N.
+
+    Args: inputs, an array (N, ...) or a dictionary of such. Returns: tensor (N, ...).
+    """
+    batches = tf.data.Dataset.from_tensor_slices(inputs).batch(batch_size)
+    return tf.concat([function(batch) for batch in batches], axis=0)
 
 
 # --------------------------------------------------------------------------------------
@@ -68,16 +78,16 @@ def histogram(codes, num_embeddings):
 
 
 @register
-class CodebookUsage(keras.metrics.Metric):
+class CodebookUsage(SavesItsArguments, keras.metrics.Metric):
     """Perplexity exp(H) of the code histogram, and the number of codes used, over a whole epoch.
 
     The perplexity of a single batch depends on the batch size; this one counts until it is reset.
     """
 
-    def __init__(self, num_embeddings, name="codebook_usage", **kwargs):
-        super().__init__(name=name, **kwargs)
+    def __init__(self, num_embeddings, **kwargs):
+        super().__init__(**kwargs)
         self.num_embeddings = num_embeddings
-        self.counts = self.add_variable((num_embeddings,), "zeros", aggregation="sum", name="counts")
+        self.counts = self.add_variable((num_embeddings,), "zeros", name="counts")
 
     def update_state(self, codes, sample_weight=None):
         self.counts.assign_add(histogram(tf.reshape(codes, (-1,)), self.num_embeddings))
@@ -90,29 +100,15 @@ class CodebookUsage(keras.metrics.Metric):
             "codes_used": tf.reduce_sum(tf.cast(counts > 0, tf.float32)),
         }
 
-    def get_config(self):
-        return {**super().get_config(), "num_embeddings": self.num_embeddings}
-
-
-def uniform(shape, seed):
-    """Random numbers from 0 to 1, by way of integers: of the same bits XLA makes other floats than TensorFlow does."""
-    bits = tf.random.stateless_uniform(shape, seed, None, None, tf.int32, alg="philox")
-    return tf.cast(bits, tf.float32) / 2**32 + 0.5
-
-
-def mean_square(x):
-    """Mean of the squares; 0 of no numbers, which is what a replica without a slice has."""
-    return tf.math.divide_no_nan(tf.reduce_sum(tf.square(x)), tf.cast(tf.size(x), tf.float32))
-
 
 @register
-class VectorQuantizer(layers.Layer):
+class VectorQuantizer(SavesItsArguments, layers.Layer):
     """Replaces each latent vector by the nearest vector of a learned codebook [1, section 3.1].
 
     The gradient passes straight through; `losses` holds the commitment term, and the codebook
     term where the codebook is trained by gradient. With `ema_decay` the codebook instead follows
     the moving average of the latents that chose it [1, appendix A.1], and a code that is hardly
-    chosen restarts at a latent vector of the current batch: so the codebook starts from data, and
+    chosen restarts at a random latent vector of the batch: so the codebook starts from data, and
     codes that die come back.
 
     Args:
@@ -148,10 +144,9 @@ class VectorQuantizer(layers.Layer):
             shape=shape,
             initializer=keras.initializers.RandomUniform(-0.05, 0.05),
             trainable=self.ema_decay is None,
-            aggregation="mean" if self.ema_decay is None else "only_first_replica",
         )
         if self.ema_decay is not None:
-            state = {"trainable": False, "initializer": "zeros", "aggregation": "only_first_replica"}
+            state = {"trainable": False, "initializer": "zeros"}
             self.ema_counts = self.add_weight(name="ema_counts", shape=shape[:1], **state)
             self.ema_sums = self.add_weight(name="ema_sums", shape=shape, **state)
             # int64: on a GPU machine int32 variables stay on the host, where a step compiled by XLA cannot read them.
@@ -163,14 +158,14 @@ class VectorQuantizer(layers.Layer):
         self.usage.update_state(codes)
 
         # The losses are taken before the straight-through line: after it no gradient is left for them.
-        codebook_loss = mean_square(tf.stop_gradient(latents) - quantized)
-        loss = self.commitment_cost * mean_square(latents - tf.stop_gradient(quantized))
+        codebook_loss = tf.reduce_mean(tf.square(tf.stop_gradient(latents) - quantized))
+        commitment_loss = tf.reduce_mean(tf.square(latents - tf.stop_gradient(quantized)))
         if self.ema_decay is None:
-            loss += codebook_loss
-        elif training:
-            self.move_codebook(tf.stop_gradient(latents))
-        # Added last: the replicas of a MirroredStrategy, which have one list of losses, take turns in `move_codebook`.
-        self.add_loss(loss)
+            self.add_loss(codebook_loss + self.commitment_cost * commitment_loss)
+        else:
+            self.add_loss(self.commitment_cost * commitment_loss)
+            if training:
+                self.move_codebook(tf.stop_gradient(latents), codes)
 
         return latents + tf.stop_gradient(quantized - latents)
 
@@ -186,12 +181,9 @@ class VectorQuantizer(layers.Layer):
         """Codebook vectors: int32 (...) -> float32 (..., D)."""
         return tf.gather(tf.convert_to_tensor(self.codebook), codes)
 
-    def move_codebook(self, latents):
+    def move_codebook(self, latents, codes):
         """One step of the moving averages [1, equations 6 to 8], then new life for dead codes."""
-        latents = tf.reshape(latents, (-1, self.embedding_dim))
-        # Every replica of a MirroredStrategy sees the whole batch, so that all move alike.
-        latents = tf.distribute.get_replica_context().all_gather(latents, axis=0)
-        codes = self.nearest(latents)
+        latents, codes = tf.reshape(latents, (-1, self.embedding_dim)), tf.reshape(codes, (-1,))
 
         def average(old, new):
             return self.ema_decay * old + (1 - self.ema_decay) * new
@@ -201,39 +193,16 @@ class VectorQuantizer(layers.Layer):
 
         even_share = tf.cast(tf.size(codes), tf.float32) / self.num_embeddings
         dead = counts < self.DEAD_BELOW * even_share
+        # Stateless, so that a resumed training draws what the uninterrupted one would have drawn.
+        seed = tf.cast(tf.stack([0, tf.convert_to_tensor(self.ema_steps)]), tf.int32)
+        picks = tf.random.stateless_uniform((self.num_embeddings,), seed, maxval=tf.size(codes), dtype=tf.int32)
         counts = tf.where(dead, self.REBORN_WITH * even_share, counts)
-        sums = tf.where(dead[:, None], counts[:, None] * self.draw_distinct(latents), sums)
+        sums = tf.where(dead[:, None], counts[:, None] * tf.gather(latents, picks), sums)
 
         self.ema_counts.assign(counts)
         self.ema_sums.assign(sums)
         self.codebook.assign(sums / counts[:, None])
         self.ema_steps.assign(self.ema_steps + 1)
-
-    def draw_distinct(self, latents):
-        """K of the latents at random, no two alike if there are as many: (N, D) -> (K, D).
-
-        Most of a batch is background, and all of its latents are the same one.
-        """
-        # Stateless, so that a resumed training draws what the uninterrupted one would have drawn.
-        seed = tf.cast(tf.stack([0, tf.convert_to_tensor(self.ema_steps)]), tf.int32)
-        # Sorted along a random direction, equal latents are neighbours; the first of each kind takes part.
-        along = tf.reduce_sum(latents * (uniform((self.embedding_dim,), seed) - 0.5), axis=1)
-        order = tf.argsort(along)
-        along = tf.gather(along, order)
-        is_first = tf.concat([[True], along[1:] != along[:-1]], axis=0)
-        lots = uniform(tf.shape(along), seed) - tf.where(is_first, 0.0, 1.0)
-        lots = tf.pad(lots, [[0, tf.maximum(self.num_embeddings - tf.size(lots), 0)]], constant_values=-2.0)
-        picks = tf.math.top_k(lots, self.num_embeddings).indices % tf.size(order)
-        return tf.gather(latents, tf.gather(order, picks))
-
-    def get_config(self):
-        return {
-            **super().get_config(),
-            "num_embeddings": self.num_embeddings,
-            "embedding_dim": self.embedding_dim,
-            "commitment_cost": self.commitment_cost,
-            "ema_decay": self.ema_decay,
-        }
 
 
 def residual(x, filters):
@@ -266,74 +235,34 @@ def build_decoder(image_size, embedding_dim, filters, kernel_size, residual_bloc
     for width in widths:
         x = layers.Conv2DTranspose(width, kernel_size, strides=2, padding="same", activation="relu")(x)
     stride = image_size // x.shape[1]  # what is left to reach H x W: 1 without residual blocks, else 2
-    return keras.Model(
-        latents, layers.Conv2DTranspose(1, kernel_size, strides=stride, padding="same")(x), name="decoder"
-    )
+    images = layers.Conv2DTranspose(1, kernel_size, strides=stride, padding="same")(x)
+    return keras.Model(latents, images, name="decoder")
 
 
-def of_none_too(network, x):
-    """network(x), and of no slices none: TensorFlow's fused convolutions for the CPU fail on them."""
-    slices = tf.shape(x)[0]
-    padded = tf.pad(x, [[0, tf.cast(slices == 0, tf.int32)], [0, 0], [0, 0], [0, 0]])
-    return network(padded)[:slices]
+def ssim(images, others):
+    """Structural similarity of pairs, Wang et al. 2004: (B, H, H, 1) in [0, 1], twice -> (B,).
 
-
-def negative_log_likelihood(logits, codes):
-    """-ln p of codes: (..., K), int32 (...) -> float32 (...), nats."""
-    return -tfp.distributions.Categorical(logits=logits).log_prob(codes)
-
-
-class MeanOverSlices(keras.Model):
-    """A model whose loss is the mean of `terms(inputs)["loss"]` over slices, however they are batched.
-
-    A small last batch counts by its slices, and a batch may be divided unevenly, even to nothing,
-    among the replicas of a MirroredStrategy. `fit` takes what `call` takes.
+    The same as tf.image.ssim, whose depthwise convolutions take three quarters of a training step on a CPU: here the
+    11x11 Gaussian window is two products with a band matrix.
     """
+    size, window = images.shape[1], np.exp(-0.5 * (np.arange(-5, 6) / 1.5) ** 2)
+    band = sum(weight * np.eye(size - 10, size, offset) for offset, weight in enumerate(window / window.sum()))
+    band = tf.constant(band, tf.float32)  # (H - 10, H)
 
-    def __init__(self, term_names, **kwargs):
-        super().__init__(**kwargs)
-        self.means = {name: keras.metrics.Mean(name=name) for name in term_names}
+    def blur(maps):
+        return tf.matmul(band, tf.matmul(maps, band, transpose_b=True))
 
-    def terms(self, inputs, training):
-        """The loss of each slice, and the terms that are logged with it: {name: float32 (B,)}."""
-        raise NotImplementedError
-
-    def _maybe_symbolic_build(self, **first_batch):
-        """Keras would average the first batch over the replicas, which fails where it is divided unevenly.
-
-        It does so to learn the shapes that a model is built with; here only the optimizer is left to build.
-        """
-        if self.optimizer is not None and not self.optimizer.built:
-            with self.distribute_strategy.scope():
-                self.optimizer.build(self.trainable_variables)
-
-    def update_means(self, terms):
-        for name, values in terms.items():
-            self.means[name].update_state(values)
-
-    def train_step(self, data):
-        inputs = keras.utils.unpack_x_y_sample_weight(data)[0]
-        with tf.GradientTape() as tape:
-            terms = self.terms(inputs, training=True)
-            # The optimizer sums the gradients of the replicas, so each divides by the slices of all.
-            slices = tf.cast(tf.size(terms["loss"]), tf.float32)
-            slices = tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, slices)
-            loss = tf.reduce_sum(terms["loss"]) / slices
-        self.optimizer.apply(tape.gradient(loss, self.trainable_weights), self.trainable_weights)
-        self.update_means(terms)
-        return self.get_metrics_result()
-
-    def test_step(self, data):
-        self.update_means(self.terms(keras.utils.unpack_x_y_sample_weight(data)[0], training=False))
-        return self.get_metrics_result()
-
-    @property
-    def metrics(self):
-        return list(self.means.values())
+    x, y, luminance, contrast = images[..., 0], others[..., 0], 0.01**2, 0.03**2
+    mean_x, mean_y = blur(x), blur(y)
+    product, squares = mean_x * mean_y, mean_x**2 + mean_y**2
+    covariance, variances = blur(x * y) - product, blur(x**2 + y**2) - squares
+    similarity = (2 * product + luminance) / (squares + luminance)
+    similarity *= (2 * covariance + contrast) / (variances + contrast)
+    return tf.reduce_mean(similarity, axis=(1, 2))
 
 
 @register
-class VQVAE(MeanOverSlices):
+class VQVAE(SavesItsArguments, keras.Model):
     """Encoder, vector quantizer, decoder [1], fitted on images alone: `fit(images)`.
 
     loss = MSE / data_variance + ssim_weight * (1 - SSIM) + the losses of the quantizer.
@@ -367,29 +296,22 @@ class VQVAE(MeanOverSlices):
         data_variance=1.0,
         **kwargs,
     ):
-        names = ["loss", "reconstruction_loss", "quantizer_loss"] + ["ssim_loss"] * bool(ssim_weight)
-        super().__init__(names, **kwargs)
+        super().__init__(**kwargs)
         if image_size % 2 ** len(filters):
             raise ValueError(f"image_size {image_size} cannot be halved {len(filters)} times, once for each of filters")
-        self.config = {
-            "num_embeddings": num_embeddings,
-            "embedding_dim": embedding_dim,
-            "commitment_cost": commitment_cost,
-            "ema_decay": ema_decay,
-            "image_size": image_size,
-            "filters": list(filters),
-            "kernel_size": kernel_size,
-            "encoder_blocks": encoder_blocks,
-            "decoder_blocks": decoder_blocks,
-            "ssim_weight": ssim_weight,
-            "data_variance": float(data_variance),
-        }
-        self.ssim_weight = ssim_weight
-        self.data_variance = data_variance
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        self.commitment_cost, self.ema_decay = commitment_cost, ema_decay
+        self.image_size, self.filters, self.kernel_size = image_size, list(filters), kernel_size
+        self.encoder_blocks, self.decoder_blocks = encoder_blocks, decoder_blocks
+        self.ssim_weight, self.data_variance = ssim_weight, float(data_variance)
         self.encoder = build_encoder(image_size, embedding_dim, filters, kernel_size, encoder_blocks)
         self.quantizer = VectorQuantizer(num_embeddings, embedding_dim, commitment_cost, ema_decay)
         self.decoder = build_decoder(image_size, embedding_dim, filters, kernel_size, decoder_blocks)
-        self.build(self.encoder.input_shape)
+        self.terms = {
+            name: keras.metrics.Mean(name=name)
+            for name in ["reconstruction_loss", "quantizer_loss"] + ["ssim_loss"] * bool(ssim_weight)
+        }
+        self.build((None, image_size, image_size, 1))
 
     def build(self, images_shape):
         if not self.quantizer.built:
@@ -397,36 +319,35 @@ class VQVAE(MeanOverSlices):
         self.built = True
 
     def call(self, images, training=False):
-        quantized = self.quantizer(of_none_too(self.encoder, images), training=training)
-        return of_none_too(self.decoder, quantized)
+        return self.decoder(self.quantizer(self.encoder(images), training=training))
 
-    def terms(self, images, training=False):
-        reconstructed = self(images, training=training)
-        squares = tf.reduce_mean(tf.square(images - reconstructed), axis=(1, 2, 3))
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        """The loss of a batch of images x, reconstructed as y_pred; its terms are logged by name."""
         terms = {
-            "quantizer_loss": tf.fill(tf.shape(squares), self.quantizer.losses[-1]),  # of this replica
-            "reconstruction_loss": squares / self.data_variance,
+            "reconstruction_loss": tf.reduce_mean(tf.square(x - y_pred)) / self.data_variance,
+            "quantizer_loss": tf.add_n(self.losses),
         }
         if self.ssim_weight:
-            terms["ssim_loss"] = self.ssim_weight * (1 - tf.image.ssim(images, reconstructed, max_val=1.0))
-        return {**terms, "loss": tf.add_n(list(terms.values()))}
+            terms["ssim_loss"] = self.ssim_weight * (1 - tf.reduce_mean(ssim(x, y_pred)))
+        for name, value in terms.items():
+            self.terms[name].update_state(value, sample_weight=tf.shape(x)[0])
+        return tf.add_n(list(terms.values()))
 
-    @property
-    def metrics(self):
-        return [*super().metrics, self.quantizer.usage]
-
-    @tf.function(reduce_retracing=True)
     def encode(self, images):
         """Codes of images: float32 (B, H, W, 1) in [0, 1] -> int32 (B, h, w) in [0, K)."""
+        return in_batches(self.encode_batch, images)
+
+    def decode(self, codes):
+        """Images of codes: int32 (B, h, w) in [0, K) -> float32 (B, H, W, 1), clipped to [0, 1]."""
+        return in_batches(self.decode_batch, codes)
+
+    @tf.function(reduce_retracing=True)
+    def encode_batch(self, images):
         return self.quantizer.nearest(self.encoder(images))
 
     @tf.function(reduce_retracing=True)
-    def decode(self, codes):
-        """Images of codes: int32 (B, h, w) in [0, K) -> float32 (B, H, W, 1), clipped to [0, 1]."""
+    def decode_batch(self, codes):
         return tf.clip_by_value(self.decoder(self.quantizer.lookup(codes)), 0.0, 1.0)
-
-    def get_config(self):
-        return {**super().get_config(), **self.config}
 
 
 # --------------------------------------------------------------------------------------
@@ -440,7 +361,7 @@ def visible_taps(kernel_size, mask_type):
 
 
 @register
-class MaskedConv2D(layers.Layer):
+class MaskedConv2D(SavesItsArguments, layers.Layer):
     """Convolution that sees only earlier positions in raster order [2, section 3.4].
 
     A 3x3 mask of each type; A hides the position itself, B shows it:
@@ -450,7 +371,7 @@ class MaskedConv2D(layers.Layer):
            0 0 0       0 0 0
 
     A stack of these has a blind spot [3, section 2.2]: of the rows above it never sees what lies further to the
-    right than one column a row. The 7x7 first layer and `GlobalContext` see into it.
+    right than one column a row. The 7x7 first layer sees two columns further.
 
     Only the visible entries of the kernel exist as weights, and the rows below are never multiplied.
     (Assigning a masked kernel inside `call`, as in [4]'s sister example, trains and saves the
@@ -473,7 +394,6 @@ class MaskedConv2D(layers.Layer):
         self.filters = filters
         self.kernel_size = kernel_size
         self.mask_type = mask_type
-        self.radius = kernel_size // 2
 
     def build(self, input_shape):
         taps = visible_taps(self.kernel_size, self.mask_type)
@@ -484,7 +404,7 @@ class MaskedConv2D(layers.Layer):
         self.bias = self.add_weight(name="bias", shape=(self.filters,), initializer="zeros")
 
     def call(self, inputs):
-        r, k = self.radius, self.kernel_size
+        k, r = self.kernel_size, self.kernel_size // 2
         taps, channels, filters = self.kernel.shape
         hidden = tf.zeros(((r + 1) * k - taps, channels, filters))
         kernel = tf.reshape(tf.concat([self.kernel, hidden], axis=0), (r + 1, k, channels, filters))
@@ -492,23 +412,15 @@ class MaskedConv2D(layers.Layer):
         padded = tf.pad(inputs, [[0, 0], [r, 0], [r, r], [0, 0]])
         return tf.nn.conv2d(padded, kernel, strides=1, padding="VALID") + self.bias
 
-    def get_config(self):
-        return {
-            **super().get_config(),
-            "filters": self.filters,
-            "kernel_size": self.kernel_size,
-            "mask_type": self.mask_type,
-        }
-
 
 @register
-class MaskedCodeConv2D(layers.Layer):
+class MaskedCodeConv2D(SavesItsArguments, layers.Layer):
     """`MaskedConv2D` of type A on one-hot codes, as the lookup and sum that it is.
 
     The one-hot product multiplies K - 1 zeros for every code; here each visible code picks its
     row of the kernel. Same function, same gradient.
 
-    Shapes: int32 (B, h, w) in [0, K) -> (B, h, w, filters). -1 stands for "no code", a zero vector.
+    Shapes: int32 (B, h, w) in [0, K) -> (B, h, w, filters). Outside the grid there is "no code", a zero vector.
     """
 
     def __init__(self, num_embeddings, filters, kernel_size, **kwargs):
@@ -516,7 +428,6 @@ class MaskedCodeConv2D(layers.Layer):
         self.num_embeddings = num_embeddings
         self.filters = filters
         self.kernel_size = kernel_size
-        self.radius = kernel_size // 2
         self.taps = visible_taps(kernel_size, "A")
 
     def build(self, codes_shape):
@@ -525,82 +436,38 @@ class MaskedCodeConv2D(layers.Layer):
         )
         self.bias = self.add_weight(name="bias", shape=(self.filters,), initializer="zeros")
 
-    def table(self):
-        """The kernel as rows (taps * K + 1, filters); the last, of zeros, is for "no code"."""
-        rows = tf.reshape(tf.convert_to_tensor(self.kernel), (-1, self.filters))
-        return tf.pad(rows, [[0, 1], [0, 0]])
-
-    def lookup(self, table, codes, first_tap=0):
-        """Sum of the kernel rows that `codes` pick: int32 (..., taps) -> (..., filters)."""
-        tap = first_tap + tf.range(tf.shape(codes)[-1])
-        index = tf.where(codes < 0, self.taps * self.num_embeddings, tap * self.num_embeddings + codes)
-        return tf.reduce_sum(tf.gather(table, index), axis=-2)
-
     def call(self, codes):
-        r, k = self.radius, self.kernel_size
+        k, r = self.kernel_size, self.kernel_size // 2
         height, width = tf.shape(codes)[1], tf.shape(codes)[2]
-        padded = tf.pad(codes, [[0, 0], [r, 0], [r, r]], constant_values=-1)
+        padded = tf.pad(codes, [[0, 0], [r, 0], [r, r]], constant_values=self.num_embeddings)
         offsets = [divmod(tap, k) for tap in range(self.taps)]
         visible = [padded[:, down : down + height, right : right + width] for down, right in offsets]
-        return self.lookup(self.table(), tf.stack(visible, axis=-1)) + self.bias  # (B, h, w, taps) -> (B, h, w, C)
+        kernel = self.padded_kernel()
+        # One tap after the other: half the time of a single look-up, whose result is `taps` times as large.
+        return tf.add_n([tf.gather(kernel[tap], codes) for tap, codes in enumerate(visible)]) + self.bias
 
-    def from_above(self, table, rows):
-        """What the `radius` rows of codes above give to one row: (B, radius, w) -> (B, w, filters)."""
-        r, k = self.radius, self.kernel_size
-        width = tf.shape(rows)[2]
-        padded = tf.pad(rows, [[0, 0], [0, 0], [r, r]], constant_values=-1)
-        visible = [padded[:, down, right : right + width] for down in range(r) for right in range(k)]
-        return self.lookup(table, tf.stack(visible, axis=-1)) + self.bias
+    def padded_kernel(self):
+        """(taps, K + 1, filters): the last row of a tap, of zeros, is for "no code"."""
+        return tf.pad(tf.convert_to_tensor(self.kernel), [[0, 0], [0, 1], [0, 0]])
 
-    def from_left(self, table, left):
-        """What the `radius` codes to the left give to one position: (B, radius) -> (B, filters)."""
-        return self.lookup(table, left, first_tap=self.taps - self.radius)
+    def step(self, rows, codes):
+        """`call` at one position [5].
 
-    def get_config(self):
-        return {
-            **super().get_config(),
-            "num_embeddings": self.num_embeddings,
-            "filters": self.filters,
-            "kernel_size": self.kernel_size,
-        }
+        Args: `padded_kernel` as rows (taps * (K + 1), filters); the codes that it sees, K for "no code" (taps, N).
+        Returns: (N, filters).
+        """
+        index = codes + (self.num_embeddings + 1) * tf.range(self.taps)[:, None]
+        return tf.reduce_sum(tf.gather(rows, index), axis=0) + self.bias
 
 
 @register
-class SeedGenerator(keras.random.SeedGenerator):
-    """Keras's draws the same for every replica of a MirroredStrategy; here each has its own numbers."""
-
-    def next(self, ordered=True):
-        replica = tf.distribute.get_replica_context().replica_id_in_sync_group
-        seed = tf.cast(super().next(ordered), tf.int32)
-        return seed + tf.stack([100_003 * replica, 0])
-
-
-@register
-class Dropout(layers.Layer):
-    """Zeroes a share of `rate` of its input in training, and scales up the rest."""
-
-    def __init__(self, rate, **kwargs):
-        super().__init__(**kwargs)
-        self.rate = rate
-        self.seeds = SeedGenerator()
-
-    def call(self, x, training=False):
-        if not training or not self.rate:
-            return x
-        return tf.where(uniform(tf.shape(x), self.seeds.next()) < self.rate, 0.0, x / (1 - self.rate))
-
-    def get_config(self):
-        return {**super().get_config(), "rate": self.rate}
-
-
-@register
-class ResidualBlock(layers.Layer):
+class ResidualBlock(SavesItsArguments, layers.Layer):
     """x + Conv1x1(ReLU(MaskedConv3x3(ReLU(Conv1x1(ReLU(x)))))) [2, figure 5].
 
     Args:
         filters: channels of x; the masked convolution has half of them.
-        dropout: rate of the dropout before the last 1x1 convolution.
-        zero_init: start as x alone, so that a deep stack bears a large learning rate.
+        dropout: share of the channels that are dropped before the last 1x1 convolution in training.
+        zero_init: start as x alone, so that a deep stack can be trained with a large learning rate.
 
     Shapes: (B, h, w, filters) -> the same.
     """
@@ -613,7 +480,7 @@ class ResidualBlock(layers.Layer):
         self.narrow = layers.Dense(filters // 2)  # on (B, h, w, C), Dense is the 1x1 convolution
         self.masked = MaskedConv2D(filters // 2, 3, "B")
         self.widen = layers.Dense(filters, kernel_initializer="zeros" if zero_init else "glorot_uniform")
-        self.drop = Dropout(dropout)
+        self.drop = layers.SpatialDropout2D(dropout)
 
     def build(self, input_shape):
         half = (*input_shape[:-1], self.filters // 2)
@@ -626,7 +493,7 @@ class ResidualBlock(layers.Layer):
         return x + self.widen(self.drop(hidden, training=training))
 
     def step(self, x, earlier):
-        """`call` at one position, from cached activations [5].
+        """`call` at one position [5].
 
         Args: x (B, filters); what all earlier positions give to `masked` here (B, filters / 2).
         Returns: the output (B, filters), and the input of `masked` here (B, filters / 2).
@@ -635,26 +502,21 @@ class ResidualBlock(layers.Layer):
         hidden = earlier + tf.matmul(current, self.masked.kernel[-1])
         return x + self.widen(tf.nn.relu(hidden)), current
 
-    def get_config(self):
-        config = {"filters": self.filters, "dropout": self.dropout, "zero_init": self.zero_init}
-        return {**super().get_config(), **config}
-
 
 @register
-class GlobalContext(layers.Layer):
-    """Adds to each position p a summary of all earlier ones: x_p + W_p ReLU(weighted sum of ReLU(Dense(x))).
+class RowContext(SavesItsArguments, layers.Layer):
+    """Adds to each position p a summary of all rows above: x_p + W_p ReLU(weighted sum of ReLU(Dense(x))).
 
-    A masked 3x3 convolution carries one position further; what holds for the whole picture, such as
-    its brightness, arrives after many blocks and fades. Here every channel of the summary is a
-    learned weighting of the position itself and all earlier ones, which starts as their mean, and
-    each position reads it through a matrix of its own: the slices are registered, so that the
-    part of the head which comes next has a fixed place.
+    A masked 3x3 convolution carries one position further; what holds for the whole picture, such as its brightness,
+    arrives after many blocks and fades. Here every row has its own weighting of the positions above it, which starts
+    as their mean, and each position reads the summary through a matrix of its own: the slices are registered, so
+    that the part of the head which comes next has a fixed place. (The row itself is within reach of the convolutions.)
 
     Args:
         filters: channels of the summary.
         dropout: rate of the dropout on the summary.
 
-    Shapes: (B, h, w, C) -> the same; a position depends on itself and on earlier ones.
+    Shapes: (B, h, w, C) -> the same.
     """
 
     def __init__(self, filters, dropout=0.0, **kwargs):
@@ -662,99 +524,79 @@ class GlobalContext(layers.Layer):
         self.filters = filters
         self.dropout = dropout
         self.narrow = layers.Dense(filters, activation="relu")
-        self.drop = Dropout(dropout)
+        self.drop = layers.Dropout(dropout)
 
     def build(self, input_shape):
         height, width, channels = input_shape[1:]
-        self.grid = height, width
-        row = np.arange(height)
-        mean = 1 / (width * (row + 1))
-
-        def start(values):
-            return lambda shape, dtype: tf.broadcast_to(tf.cast(values, dtype), shape)
-
-        # For each row, the weights of all positions in the rows above (F, h, h w), and in the row itself (h, w, F).
-        self.is_above = np.repeat(row[:, None] > row, width, axis=1).astype("float32")  # (h, h w)
+        rows = np.arange(height)
+        is_above = (rows[:, None] > np.repeat(rows, width)).astype("float32")  # (h, h w)
+        self.is_above = is_above[..., None]
+        mean = self.is_above / np.maximum(is_above.sum(axis=1), 1)[:, None, None]
         self.weights_above = self.add_weight(
-            name="weights_above", shape=(self.filters, height, height * width), initializer=start(mean[:, None])
+            name="weights_above",
+            shape=(height, height * width, self.filters),
+            initializer=lambda shape, dtype: tf.broadcast_to(tf.cast(mean, dtype), shape),
         )
-        self.weights_in_row = self.add_weight(
-            name="weights_in_row", shape=(height, width, self.filters), initializer=start(mean[:, None, None])
-        )
-        # Keras would read the fans of this shape as those of one kernel of h * w entries.
-        limit = np.sqrt(6 / (self.filters + channels))
         self.readout = self.add_weight(
-            name="readout",
-            shape=(height * width, self.filters, channels),
-            initializer=keras.initializers.RandomUniform(-limit, limit),
+            name="readout", shape=(height, width, self.filters, channels), initializer="zeros"
         )
         self.bias = self.add_weight(name="bias", shape=(channels,), initializer="zeros")
         self.narrow.build(input_shape)
 
     def call(self, x, training=False):
-        height, width = self.grid
-        features = self.narrow(x)  # (B, h, w, F)
-        positions = tf.reshape(features, (-1, height * width, self.filters))  # (B, h w, F)
-        above = tf.einsum("frp,bpf->brf", self.weights_above * self.is_above, positions)  # (B, h, F)
-        # A running sum along the row: this product is seven times faster than tf.cumsum.
-        in_row = tf.matmul(tf.constant(np.tri(width, dtype="float32")), features * self.weights_in_row)  # (B, h, w, F)
-        summary = self.drop(tf.nn.relu(above[:, :, None] + in_row), training=training)  # (B, h, w, F)
-        summary = tf.transpose(tf.reshape(summary, tf.shape(positions)), (1, 0, 2))  # (h w, B, F)
-        added = tf.transpose(tf.matmul(summary, self.readout), (1, 0, 2))  # (B, h w, C)
-        return x + tf.reshape(added, tf.shape(x)) + self.bias
+        height, width = self.readout.shape[:2]
+        features = tf.reshape(self.narrow(x), (-1, height * width, self.filters))  # (B, h w, F)
+        summary = tf.nn.relu(tf.einsum("rpf,bpf->brf", self.weights_above * self.is_above, features))
+        summary = self.drop(summary, training=training)  # (B, h, F)
+        return x + tf.einsum("brf,rwfc->brwc", summary, self.readout) + self.bias
 
-    def step(self, x, summed, row, column):
-        """`call` at one position, from the weighted sum over all earlier ones [5].
+    def step(self, x, summary, row, column):
+        """`call` at one position [5].
 
-        Args: x (B, C); the sum (B, filters); the position.
-        Returns: the output (B, C); the sum, this position included; its features (B, filters), for `to_rows_below`.
+        Args: x (B, C); the weighted sum over the rows above (B, filters); the position.
+        Returns: the output (B, C), and what this position adds to the sums of all rows (h, B, filters).
         """
-        features = self.narrow(x)
-        summed += features * self.weights_in_row[row, column]
-        added = tf.matmul(tf.nn.relu(summed), self.readout[row * self.grid[1] + column])
-        return x + added + self.bias, summed, features
-
-    def to_rows_below(self, features, row):
-        """What the features of a row add to the weighted sums of the rows below: (w, B, filters) -> (h, B, filters)."""
-        width = self.grid[1]
-        weights = (self.weights_above * self.is_above)[:, :, row * width : (row + 1) * width]  # (F, h, w)
-        return tf.einsum("frp,pbf->rbf", weights, features)
-
-    def get_config(self):
-        return {**super().get_config(), "filters": self.filters, "dropout": self.dropout}
+        position = row * self.readout.shape[1] + column
+        weights = self.weights_above[:, position] * tf.constant(self.is_above)[:, position]  # (h, F)
+        added = weights[:, None] * self.narrow(x)
+        return x + tf.matmul(tf.nn.relu(summary), self.readout[row, column]) + self.bias, added
 
 
 CONTEXT_EVERY = 5  # residual blocks
-LABEL_RANK = 8  # numbers that stand for a label
-LABELS_HIDDEN = 0.1  # share of the training examples whose label is not told, so that it need not be known
+# Shares of the training examples from which something is hidden, so that it need not be known.
+LABELS_HIDDEN, SCORES_HIDDEN, BELOW_HIDDEN = 0.1, 0.5, 0.5
+SCORE_RANK = 256  # directions in which the scores of whole heads vary; of fewer heads than that, all there are
+SCORE_NOISE = 0.1  # of standardised scores in training, so that none names a single training slice
 
 
 @register
-class PixelCNN(MeanOverSlices):
-    """Autoregressive prior over a grid of codes: p(codes | label) = prod p(code | earlier, label) [2, equation 1].
+class PixelCNN(SavesItsArguments, keras.Model):
+    """Autoregressive prior over a grid of codes: p(codes | told) = prod p(code | earlier codes, told) [2, equation 1].
 
-    A masked 7x7 convolution of type A, a learned vector for each grid position (the slices are
-    registered, so a position has a meaning), residual blocks, two ReLU-1x1 layers, and K logits.
-    A label adds a map of vectors of its own, as the location dependent conditioning of [3, section 2.3].
+    A masked 7x7 convolution of type A, residual blocks, two ReLU-1x1 layers, and K logits. What is
+    told of a slice beside its codes becomes one map (h, w, filters), which is added after the first
+    layer: the location dependent conditioning of [3, section 2.3]. Every number that is told has a
+    map of its own; a constant 1 is told too, which is a learned vector for each grid position.
 
-    `fit` takes batches of the call arguments, and gives the mean negative log-likelihood of a code in nats.
+    `fit` takes what `call` takes, and minimises the mean of -ln p of a code, in nats.
 
     Args:
         num_embeddings: K.
         grid: (h, w).
         filters: channels between the residual blocks.
         residual_blocks: 15 in [2, table 1].
-        dropout: rate in every residual block and context.
-        learned_position: adds the position vectors.
-        context_filters: channels of a `GlobalContext` before every fifth residual block; 0 for none.
-        zero_init: of the residual blocks.
-        num_labels: number of labels; 0 for a prior without.
-        num_changes: how many numbers tell of an augmentation [6]; 0 for a prior without.
+        dropout, zero_init: see `ResidualBlock`.
+        context_filters: channels of a `RowContext` before every fifth residual block; 0 for none.
+        learned_position: whether the constant 1 is told.
+        num_labels, num_scores, num_changes, tell_below: of what can be told; 0 or False where it never is.
 
-    Call arguments: codes, int32 (B, h, w) in [0, K), or a tuple of codes and
-        labels: int32 (B,) in [0, num_labels), -1 where it is not known (without labels: in none),
-        changes: float32 (B, num_changes), zeros for a slice as it is (without changes: for all).
-    Returns: logits, float32 (B, h, w, K); those at a position depend on earlier codes alone.
+    Call arguments: codes, int32 (B, h, w) in [0, K), or a dictionary of them and, where known,
+        labels: int32 (B,) in [0, num_labels), the slice number; -1 where not known.
+        scores: float32 (B, num_scores), what sets the whole slice apart, such as its brightness [7]: leading
+            principal scores, standardised; NaN where not known.
+        below: int32 (B, h, w) in [0, K), the codes of the slice below in the same head; -1 where not known.
+        changes: float32 (B, num_changes), the augmentation [6]; zeros for a slice as it is.
+    Returns: logits, float32 (B, h, w, K); those at a position depend on earlier codes and on what is told.
     """
 
     def __init__(
@@ -764,33 +606,40 @@ class PixelCNN(MeanOverSlices):
         filters=128,
         residual_blocks=15,
         dropout=0.0,
-        learned_position=True,
-        context_filters=0,
         zero_init=True,
+        context_filters=0,
+        learned_position=True,
         num_labels=0,
+        num_scores=0,
         num_changes=0,
+        tell_below=False,
         **kwargs,
     ):
-        super().__init__(["loss"], **kwargs)
-        self.num_embeddings = num_embeddings
-        self.grid = tuple(grid)
-        self.filters = filters
-        self.dropout = dropout
-        self.learned_position = learned_position
-        self.zero_init = zero_init
-        self.num_labels = num_labels
-        self.num_changes = num_changes
+        super().__init__(**kwargs)
+        self.num_embeddings, self.grid, self.filters = num_embeddings, tuple(grid), filters
+        self.residual_blocks, self.dropout, self.zero_init = residual_blocks, dropout, zero_init
+        self.context_filters, self.learned_position = context_filters, learned_position
+        self.num_labels, self.num_scores = num_labels, num_scores
+        self.num_changes, self.tell_below = num_changes, tell_below
         self.first = MaskedCodeConv2D(num_embeddings, filters, 7)
         self.blocks = [ResidualBlock(filters, dropout, zero_init) for _ in range(residual_blocks)]
-        self.context_filters = context_filters
         contexts = len(self.blocks[::CONTEXT_EVERY]) if context_filters else 0
-        self.contexts = [GlobalContext(context_filters, dropout) for _ in range(contexts)]
+        self.contexts = [RowContext(context_filters, dropout) for _ in range(contexts)]
         self.head = [
             layers.Dense(filters, activation="relu"),
             layers.Dense(filters, activation="relu"),
-            layers.Dense(num_embeddings),
+            layers.Dense(num_embeddings, name="logits"),
         ]
-        self.seeds = SeedGenerator()
+        if tell_below:
+            self.from_below = keras.Sequential(
+                [
+                    keras.Input(self.grid, dtype="int32"),
+                    layers.Embedding(num_embeddings, 32),
+                    layers.Conv2D(32, 3, padding="same", activation="relu"),
+                    layers.Conv2D(filters, 3, padding="same"),
+                ]
+            )
+        self.seeds = keras.random.SeedGenerator()
         self.build((None, *self.grid))
 
     def build(self, codes_shape):
@@ -798,49 +647,69 @@ class PixelCNN(MeanOverSlices):
             return
         features = (None, *self.grid, self.filters)
         self.first.build(codes_shape)
-        if self.learned_position:
-            self.position = self.add_weight(name="position", shape=features[1:], initializer="zeros")
-        if self.num_labels:
-            vectors, maps = (self.num_labels, LABEL_RANK), (LABEL_RANK, *features[1:])
-            self.label_vectors = self.add_weight(name="label_vectors", shape=vectors, initializer="random_normal")
-            self.label_maps = self.add_weight(name="label_maps", shape=maps, initializer="random_normal")
-        if self.num_changes:
-            shape = (self.num_changes, self.filters)
-            self.change_vectors = self.add_weight(name="change_vectors", shape=shape, initializer="zeros")
-        for layer in self.blocks + self.contexts:
+        for layer in self.blocks + self.contexts + self.head:
             layer.build(features)
-        for layer in self.head:
-            layer.build(features)
+        numbers = self.learned_position + self.num_labels + (self.num_scores + 1) * bool(self.num_scores)
+        self.maps = self.add_weight(
+            name="told_maps", shape=(numbers + self.num_changes, *features[1:]), initializer="zeros"
+        )
+        if self.num_scores:  # of the distribution of the scores in a whole head, see `fit_scores`
+            shape = (self.num_labels, self.num_scores)
+            options = {"initializer": "zeros", "trainable": False}
+            self.score_means = self.add_weight(name="score_means", shape=shape, **options)
+            self.score_factor = self.add_weight(name="score_factor", shape=(SCORE_RANK, *shape), **options)
         self.built = True
 
     def call(self, inputs, training=False):
-        codes, labels, changes = self.unpack(inputs)
-        x = self.first(codes)  # (B, h, w, C)
-        if self.learned_position:
-            x = x + self.position
-        if self.num_labels:
-            x = x + self.label_map(labels, self.label_maps)
-        if self.num_changes:
-            x = x + tf.matmul(changes, self.change_vectors)[:, None, None]
+        told = dict(inputs) if isinstance(inputs, dict) else {"codes": inputs}
+        codes = tf.convert_to_tensor(told.pop("codes"))
+        if tf.executing_eagerly():
+            self.check(told, len(codes))
+        x = self.first(codes) + self.told_map(tf.shape(codes)[0], **told, training=training)  # (B, h, w, C)
         for i, block in enumerate(self.blocks):
             if self.contexts and i % CONTEXT_EVERY == 0:
                 x = self.contexts[i // CONTEXT_EVERY](x, training=training)
             x = block(x, training=training)
         return self.logits(x)
 
-    def unpack(self, inputs):
-        """Call arguments -> codes, labels, changes."""
-        codes, *rest = inputs if isinstance(inputs, (tuple, list)) else [inputs]
-        codes = tf.convert_to_tensor(codes)
-        batch = tf.shape(codes)[0]
-        labels = tf.convert_to_tensor(rest[0]) if rest else tf.fill((batch,), -1)
-        changes = tf.convert_to_tensor(rest[1]) if rest[1:] else tf.zeros((batch, self.num_changes))
-        return codes, labels, changes
+    def told_map(self, count, labels=None, scores=None, below=None, changes=None, training=False):
+        """All that is told of `count` slices, see the class, as one map: (B, h, w, filters)."""
 
-    def label_map(self, labels, maps):
-        """What labels add: int32 (B,) and the maps, or a row of them, (rank, ..., C) -> (B, ..., C); of -1, zeros."""
-        known = tf.one_hot(labels, self.num_labels)  # zeros for -1
-        return tf.tensordot(tf.matmul(known, self.label_vectors), maps, 1)
+        def or_unknown(told, unknown, hidden_share, *shape):
+            told = tf.fill((count, *shape), unknown) if told is None else tf.convert_to_tensor(told)
+            if not training:
+                return told
+            hidden = keras.random.uniform((count,) + (1,) * len(shape), seed=self.seeds) < hidden_share
+            return tf.where(hidden, unknown, told)
+
+        numbers = [tf.ones((count, int(self.learned_position)))]
+        if self.num_labels:
+            numbers.append(tf.one_hot(or_unknown(labels, -1, LABELS_HIDDEN), self.num_labels))  # zeros for -1
+        if self.num_scores:
+            scores = or_unknown(scores, np.float32("nan"), SCORES_HIDDEN, self.num_scores)
+            if training:
+                scores += SCORE_NOISE * keras.random.normal(tf.shape(scores), seed=self.seeds)
+            known = tf.math.is_finite(scores)
+            numbers += [tf.where(known, scores, 0.0), tf.cast(known[:, :1], tf.float32)]
+        if self.num_changes:
+            numbers.append(tf.zeros((count, self.num_changes)) if changes is None else changes)
+        told = tf.tensordot(tf.concat(numbers, axis=1), tf.convert_to_tensor(self.maps), 1)
+        if self.tell_below:
+            below = or_unknown(below, -1, BELOW_HIDDEN, *self.grid)
+            told += tf.where(below[..., None] < 0, 0.0, self.from_below(tf.maximum(below, 0)))
+        return told
+
+    def check(self, told, count):
+        """Raise a ValueError where something told has a wrong shape, or is no label of this model."""
+        shapes = {"labels": (), "scores": (self.num_scores,), "below": self.grid, "changes": (self.num_changes,)}
+        for name, values in told.items():
+            if name not in shapes:
+                raise ValueError(f"only {', '.join(shapes)} can be told, not {name}")
+            if tuple(np.shape(values)) != (count, *shapes[name]):
+                raise ValueError(f"{name} must have shape {(count, *shapes[name])}, got {tuple(np.shape(values))}")
+        labels = np.append(told.get("labels", []), -1)
+        if not -1 <= labels.min() <= labels.max() < max(self.num_labels, 0):
+            raise ValueError(f"labels must be from -1 to {self.num_labels - 1}, got {labels.min()} to {labels.max()}")
 
     def logits(self, x):
         """Features (..., C) -> logits (..., K)."""
@@ -849,194 +718,259 @@ class PixelCNN(MeanOverSlices):
             x = layer(x)
         return x
 
-    def terms(self, inputs, training):
-        codes, labels, changes = self.unpack(inputs)
-        if training and self.num_labels:
-            lots = uniform(tf.shape(labels), self.seeds.next())
-            labels = tf.where(lots < LABELS_HIDDEN, -1, labels)
-        logits = self((codes, labels, changes), training=training)
-        return {"loss": tf.reduce_mean(negative_log_likelihood(logits, codes), axis=(1, 2))}
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        """Mean negative log-likelihood of the codes in x under the logits y_pred, nats a code."""
+        codes = x["codes"] if isinstance(x, dict) else x
+        return -tf.reduce_mean(tfp.distributions.Categorical(logits=y_pred).log_prob(codes))
+
+    def nll(self, codes, **told):
+        """-ln p of every code given the earlier ones and what is told, see the class: float32 (B, h, w), nats."""
+        told = {name: values for name, values in told.items() if values is not None}
+        self.check(told, len(codes))
+        return in_batches(self.nll_batch, {"codes": codes, **told})
 
     @tf.function(reduce_retracing=True)
-    def nll(self, codes, labels=None):
-        """-ln p of every code given the earlier ones and the label: (B, h, w), (B,) -> float32 (B, h, w), nats."""
-        return negative_log_likelihood(self(codes if labels is None else (codes, labels)), codes)
+    def nll_batch(self, inputs):
+        return -tfp.distributions.Categorical(logits=self(inputs)).log_prob(inputs["codes"])
 
-    def sample(self, num_samples, seed, temperature=1.0, known=None, labels=None):
-        """Draw codes position by position, in raster order, from cached activations [5].
+    def fit_scores(self, scores, labels, heads):
+        """Fit the distribution that `draw_scores` draws from: a Gaussian of all the scores of a whole head.
+
+        Args: scores, float32 (N, num_scores); labels and numbers of the heads, int (N,) from 0. Of a head that has
+            no slice of some number, the mean is taken there.
+        """
+        table = np.full((max(heads) + 1, self.num_labels, self.num_scores), np.nan, np.float32)
+        table[heads, labels] = scores
+        known = np.isfinite(table)
+        means = np.where(known, table, 0).sum(axis=0) / np.maximum(known.sum(axis=0), 1)
+        deviations = np.where(known, table - means, 0).reshape(len(table), -1) / np.sqrt(max(len(table) - 1, 1))
+        _, sizes, directions = np.linalg.svd(deviations, full_matrices=False)
+        factor = (sizes[:, None] * directions)[:SCORE_RANK]  # factor^T factor is their covariance
+        self.score_means.assign(means)
+        factor = np.pad(factor, [[0, SCORE_RANK - len(factor)], [0, 0]])
+        self.score_factor.assign(factor.reshape(self.score_factor.shape))
+
+    def draw_scores(self, labels, seed, streams=None):
+        """Scores of novel slices [7].
+
+        Args: labels, int (N,), -1 where not known; seed; streams, see `sample`. Slices of one stream and seed
+            are of the same head, whatever their labels.
+        Returns: float32 (N, num_scores); NaN where the label is not known.
+        """
+        labels = np.asarray(labels)
+        streams = np.arange(len(labels)) if streams is None else np.asarray(streams)
+        draws = tf.random.stateless_normal((int(streams.max()) + 1, SCORE_RANK), (seed, -1))
+        heads = self.score_means + tf.tensordot(draws, tf.convert_to_tensor(self.score_factor), 1)  # (streams, L, S)
+        scores = tf.gather_nd(heads, np.stack([streams, np.maximum(labels, 0)], axis=1))
+        return tf.where(labels[:, None] < 0, np.float32("nan"), scores)
+
+    def sample(self, num_samples, seed, temperature=1.0, known=None, streams=None, **told):
+        """Draw codes position by position, in raster order.
 
         Args:
             num_samples: N.
-            seed: int; picture n is the same whatever N is.
+            seed: int.
             temperature: divides the logits: 1 samples the model, less is more typical.
             known: int32 (N, h, w) of codes to keep, -1 where one is to be drawn; None draws all.
-            labels: int32 (N,) in [0, num_labels), -1 where it is not known; None knows none.
+            streams: int (N,), pictures of the same stream and seed have the same random numbers, whatever N is;
+                None numbers them from 0.
+            told: see the class. Where labels are told and scores are not, scores are drawn first.
 
         Returns: int32 (N, h, w) in [0, K).
         """
         if num_samples < 1:
             raise ValueError(f"num_samples must be at least 1, got {num_samples}")
-        if known is None:
-            known = tf.fill((num_samples, *self.grid), -1)
-        if tuple(known.shape) != (num_samples, *self.grid):
-            raise ValueError(f"known must have shape {(num_samples, *self.grid)}, got {tuple(known.shape)}")
-        return self.restore(known, labels, np.inf, np.arange(num_samples), seed, temperature)
-
-    def restore(self, known, labels, keep_up_to, streams, seed, temperature=1.0):
-        """`sample`, where a known code is kept only if it costs at most `keep_up_to` nats given the earlier ones.
-
-        The earlier ones are those already restored, as in [7].
-
-        Args:
-            known, labels, seed, temperature: see `sample`.
-            keep_up_to: nats; infinity keeps all known codes.
-            streams: int (N,); pictures of the same stream, seed and situation draw the same.
-
-        Returns: int32 (N, h, w) in [0, K).
-        """
         if temperature <= 0:
             raise ValueError(f"temperature must be above 0, got {temperature}")
-        labels = np.full(len(known), -1) if labels is None else np.asarray(labels)
-        if labels.shape != (len(known),):
-            raise ValueError(f"labels must have shape {(len(known),)}, got {labels.shape}")
-        if len(labels) and not -1 <= labels.min() <= labels.max() < self.num_labels:
-            raise ValueError(f"labels must be from -1 to {self.num_labels - 1}, got {labels.min()} to {labels.max()}")
+        known = np.full((num_samples, *self.grid), -1) if known is None else known
+        if tuple(known.shape) != (num_samples, *self.grid):
+            raise ValueError(f"known must have shape {(num_samples, *self.grid)}, got {tuple(known.shape)}")
+        streams = np.arange(num_samples) if streams is None else np.asarray(streams)
+        told = {name: values for name, values in told.items() if values is not None}
+        self.check(told, num_samples)
+        if self.num_scores and "labels" in told and "scores" not in told:
+            told["scores"] = self.draw_scores(told["labels"], seed, streams)
+        told_map = self.told_map(num_samples, **told)
         # Tensors, not Python numbers: those would trace the graph again for every seed.
-        integers = (tf.cast(value, tf.int32) for value in (known, labels, streams, seed))
-        return self.draw(*integers, tf.constant(keep_up_to, tf.float32), tf.constant(temperature, tf.float32))[0]
+        integers = (tf.cast(value, tf.int32) for value in (known, streams, seed))
+        return self.draw(told_map, *integers, tf.constant(temperature, tf.float32))
 
-    @tf.function(  # a batch of 1 that is known to be 1 would give the loops' variables shapes that change
-        input_signature=[tf.TensorSpec(shape, tf.int32) for shape in ((None, None, None), (None,), (None,), ())]
-        + [tf.TensorSpec(())] * 2
+    @tf.function(  # a batch of 1 that is known to be 1 would give the loop's variables shapes that change
+        input_signature=[tf.TensorSpec((None, None, None, None))]
+        + [tf.TensorSpec(shape, tf.int32) for shape in ((None, None, None), (None,), ())]
+        + [tf.TensorSpec(())]
     )
-    def draw(self, known, labels, streams, seed, keep_up_to, temperature):
-        """`restore` as one graph: codes (N, h, w), and -ln p of each, float32 (N, h, w)."""
-        pictures = tf.shape(known)[0]
-        height, width = self.grid
+    def draw(self, told_map, known, streams, seed, temperature):
+        """`sample` as one graph. The algorithm is
 
-        # The cache: what the next row looks at.
-        codes_above = tf.fill((pictures, self.first.radius, width), -1)
-        hidden_above = tf.zeros((width, len(self.blocks), pictures, self.filters // 2))
-        sums = tf.zeros((len(self.contexts), height, pictures, self.context_filters))
-        all_codes = tf.TensorArray(tf.int32, height)
-        all_nats = tf.TensorArray(tf.float32, height)
+            for each position in raster order:
+                codes[position] = draw from softmax(self(codes)[position] / temperature), or the known code
 
-        for row in tf.range(height):
-            noise = self.gumbel_noise(streams, seed, row)
+        But of the network only what is new is computed [5]: the columns of features at this position. What the
+        masked convolutions see of earlier positions is read from a cache.
+        """
+        count, (height, width), r = tf.shape(known)[0], self.grid, self.first.kernel_size // 2
+        codes = tf.fill((height + r, width + 2 * r, count), self.num_embeddings)  # padded as in the first layer
+        rows = tf.reshape(self.first.padded_kernel(), (-1, self.filters))
+        # The inputs of the masked 3x3 convolutions, (blocks, N, C / 2) a position, in this row and the one above,
+        # which take turns. Both ends of a row stay zeros.
+        zeros = tf.zeros((2 * (width + 2), len(self.blocks), count, self.filters // 2))
+        cache = tf.TensorArray(tf.float32, 2 * (width + 2), clear_after_read=False).unstack(zeros)
+        kernels = [tf.stack([block.masked.kernel[tap] for block in self.blocks]) for tap in range(4)]
+        biases = tf.stack([tf.convert_to_tensor(block.masked.bias) for block in self.blocks])[:, None]
+        sums = tf.zeros((len(self.contexts), height, count, self.context_filters))  # of the contexts, for each row
 
-            def choose(logits, column, row=row, noise=noise):
-                """The code of one position, drawn or kept (N,), and its -ln p (N,): logits (N, K)."""
-                drawn = tf.argmax(logits / temperature + noise[:, column], axis=-1, output_type=tf.int32)
-                given = known[:, row, column]
-                kept = (given >= 0) & (negative_log_likelihood(logits, tf.maximum(given, 0)) <= keep_up_to)
-                codes = tf.where(kept, given, drawn)
-                return codes, negative_log_likelihood(logits, codes)
-
-            start, above = self.row_start(codes_above, labels, row), self.blocks_above(hidden_above)
-            codes, nats, hidden_above, features = self.draw_row(row, start, above, sums, choose)
-            codes_above = tf.concat([codes_above[:, 1:], codes[:, None]], axis=1)
+        for position in tf.range(height * width):
+            row, column = position // width, position % width
+            this, above = (row % 2) * (width + 2) + column, ((row + 1) % 2) * (width + 2) + column
+            visible = tf.reshape(codes[row : row + r + 1, column : column + 2 * r + 1], (-1, count))
+            x = self.first.step(rows, visible[: self.first.taps]) + told_map[:, row, column]
+            neighbours = [cache.read(place) for place in (above, above + 1, above + 2, this)]
+            earlier = biases + tf.add_n([tf.matmul(x, kernel) for x, kernel in zip(neighbours, kernels)])
+            inputs, to_sums = [], []
+            for i, (block, from_earlier) in enumerate(zip(self.blocks, tf.unstack(earlier))):
+                if self.contexts and i % CONTEXT_EVERY == 0:
+                    context = len(to_sums)
+                    x, added = self.contexts[context].step(x, sums[context, row], row, column)
+                    to_sums.append(added)
+                x, current = block.step(x, from_earlier)
+                inputs.append(current)
             if self.contexts:
-                sums += tf.stack([context.to_rows_below(of, row) for context, of in zip(self.contexts, features)])
-            all_codes = all_codes.write(row, codes)
-            all_nats = all_nats.write(row, nats)
+                sums += tf.stack(to_sums)
+            cache = cache.write(this + 1, tf.stack(inputs))
 
-        return tf.transpose(all_codes.stack(), (1, 0, 2)), tf.transpose(all_nats.stack(), (1, 0, 2))
+            logits = self.logits(x) / temperature + self.gumbel_noise(streams, seed, position)
+            drawn = tf.argmax(logits, axis=-1, output_type=tf.int32)
+            chosen = tf.where(known[:, row, column] >= 0, known[:, row, column], drawn)
+            codes = tf.tensor_scatter_nd_update(codes, [[row + r, column + r]], [chosen])
 
-    def draw_row(self, row, start, above, sums, choose):
-        """One row of `draw`, from left to right.
+        return tf.transpose(codes[r:, r : r + width], (2, 0, 1))
 
-        Args:
-            row: its number.
-            start: what enters the blocks but for the codes to the left (w, N, C).
-            above: what the row above gives to the masked convolutions (w, blocks, N, C / 2).
-            sums: of the contexts over the rows above (contexts, h, N, F).
-            choose: (logits (N, K), column) -> codes (N,), their -ln p (N,).
-
-        Returns: codes (N, w); -ln p (N, w); inputs of the masked convolutions (w, blocks, N, C / 2);
-            features of each context, a list of (w, N, F).
-        """
-        pictures, width = tf.shape(start)[1], self.grid[1]
-        table = self.first.table()
-        left_kernels = tf.stack([block.masked.kernel[-2] for block in self.blocks])
-        left_codes = tf.fill((pictures, self.first.radius), -1)
-        left_hidden = tf.zeros((len(self.blocks), pictures, self.filters // 2))
-        summed = [sums[i, row] for i in range(len(self.contexts))]
-        all_codes = tf.TensorArray(tf.int32, width)
-        all_nats = tf.TensorArray(tf.float32, width)
-        all_hidden = tf.TensorArray(tf.float32, width)
-        all_features = [tf.TensorArray(tf.float32, width) for _ in self.contexts]
-        for column in tf.range(width):
-            x = start[column] + self.first.from_left(table, left_codes)  # (N, C)
-            earlier = above[column] + tf.matmul(left_hidden, left_kernels)  # (blocks, N, C / 2)
-            logits, left_hidden, summed, features = self.step(x, earlier, summed, row, column)
-            codes, nats = choose(logits, column)
-            left_codes = tf.concat([left_codes[:, 1:], codes[:, None]], axis=1)
-            all_codes = all_codes.write(column, codes)
-            all_nats = all_nats.write(column, nats)
-            all_hidden = all_hidden.write(column, left_hidden)
-            all_features = [array.write(column, value) for array, value in zip(all_features, features)]
-        features = [array.stack() for array in all_features]
-        return tf.transpose(all_codes.stack()), tf.transpose(all_nats.stack()), all_hidden.stack(), features
-
-    def step(self, x, earlier, summed, row, column):
-        """`call` at one position, from cached activations [5].
-
-        Args: what enters the blocks (N, C); what the earlier positions give to the masked convolutions
-            (blocks, N, C / 2); the sums of each context over them, a list of (N, F); the position.
-        Returns: logits (N, K); the inputs of the masked convolutions here (blocks, N, C / 2); the sums, this
-            position included; the features of each context here, a list of (N, F).
-        """
-        hidden, sums, features = [], [], []
-        for i, (block, from_earlier) in enumerate(zip(self.blocks, tf.unstack(earlier))):
-            if self.contexts and i % CONTEXT_EVERY == 0:
-                j = i // CONTEXT_EVERY
-                x, summed_here, features_here = self.contexts[j].step(x, summed[j], row, column)
-                sums.append(summed_here), features.append(features_here)
-            x, hidden_here = block.step(x, from_earlier)
-            hidden.append(hidden_here)
-        return self.logits(x), tf.stack(hidden), sums, features
-
-    def row_start(self, codes_above, labels, row):
-        """What enters the blocks in a row, but for the codes to the left: (N, radius, w), (N,) -> (w, N, C)."""
-        start = self.first.from_above(self.first.table(), codes_above)  # (N, w, C)
-        if self.learned_position:
-            start += self.position[row]
-        if self.num_labels:
-            start += self.label_map(labels, self.label_maps[:, row])
-        return tf.transpose(start, (1, 0, 2))
-
-    def gumbel_noise(self, streams, seed, row):
-        """Noise that, added to logits, makes the largest a draw from the categorical distribution: (N, w, K).
+    def gumbel_noise(self, streams, seed, position):
+        """Noise that, added to logits, makes the largest a draw from the categorical distribution: (N, K).
 
         Unlike the noise of Categorical.sample, that of a stream does not depend on N.
         """
-        shape = (tf.reduce_max(streams) + 1, self.grid[1], self.num_embeddings)
-        noise = tfp.distributions.Gumbel(0.0, 1.0).sample(shape, seed=tf.stack([seed, row]))
+        shape = (tf.reduce_max(streams) + 1, self.num_embeddings)
+        noise = tfp.distributions.Gumbel(0.0, 1.0).sample(shape, seed=tf.stack([seed, position]))
         return tf.gather(noise, streams)
 
-    def blocks_above(self, hidden):
-        """What a row gives to the masked convolutions of the next, for all blocks in one product.
 
-        Args: their inputs in the row (w, blocks, N, C). Returns: the same shape, biases included.
+# --------------------------------------------------------------------------------------
+# Anomalies
+# --------------------------------------------------------------------------------------
+
+
+class AnomalyDetector:
+    """How unexpected each code and each pixel of a slice is, given the two networks of a run.
+
+    Three terms are strong on different changes; each is smoothed by a Gaussian:
+        surprise: -ln p of the codes [8]. Sees grey values in the wrong place, is blind to what no code expresses.
+        residual: of the reconstruction. Sees texture that no code expresses, and little else.
+        level: z-score of the pixels among the training slices of the same number.
+
+    To be combined they need one unit: of each the map takes -ln p, p being the share of the validation slices'
+    pixels in which the term is higher, and of these the root of the sum of squares. It ranks pixels, and is no
+    probability. Nothing in it is tuned to a run.
+
+    Args:
+        vqvae, pixelcnn: the models.
+        train, validate: pairs of images, float32 (N, H, W, 1) in [0, 1], and labels, int32 (N,), -1 where not known.
+        mirror: whether the prior has seen mirrored slices; then surprise is the mean of both raster orders.
+    """
+
+    SMOOTHING = 2  # pixels, standard deviation
+    SPREAD_FLOOR = 0.1  # least standard deviation of a z-score, in [0, 1] of the pixels: registration is no better
+    PERCENTILES = np.array([*range(100), 99.8])  # of a term; above the last its distribution is taken for exponential
+    SCORED = 0.01  # the score of a slice is the mean of this share of its pixels, the highest of the map
+    REDRAWN = 90  # percentile of the validation slices' nats above which a restoration draws a code anew
+    RESTORATIONS = 8
+
+    def __init__(self, vqvae, pixelcnn, train, validate, mirror):
+        self.vqvae, self.pixelcnn, self.mirror = vqvae, pixelcnn, mirror
+        images, labels = train
+        levels = [images[labels == label] for label in range(pixelcnn.num_labels)]
+        levels = [level if len(level) else images for level in levels] + [images]  # the last is for -1
+        self.mean = np.stack([level.mean(axis=0) for level in levels])
+        self.spread = np.maximum([level.std(axis=0) for level in levels], self.SPREAD_FLOOR)
+
+        nats, terms = self.measure(*validate)
+        self.redraw_above = np.percentile(nats, self.REDRAWN)
+        self.tails = {name: self.tail(values) for name, values in terms.items()}
+        self.normal_scores = np.sort(self.score(self.combine(terms)))
+
+    def measure(self, images, labels):
+        """Nats of the codes (N, h, w), and the terms of the map, {name: float32 (N, H, W)}."""
+        codes = self.vqvae.encode(images)
+        nats = both = self.pixelcnn.nll(codes, labels=labels).numpy()
+        if self.mirror:  # what comes last in one raster order comes first in the other
+            mirrored = self.pixelcnn.nll(self.vqvae.encode(images[:, ::-1]), labels=labels).numpy()
+            both = (nats + mirrored[:, ::-1]) / 2
+        terms = {
+            "surprise": tf.image.resize(both[..., None], images.shape[1:3]).numpy(),
+            "residual": np.abs(images - self.vqvae.decode(codes)),
+            "level": np.abs(images - self.mean[labels]) / self.spread[labels],
+        }
+        smoothed = {
+            name: ndimage.gaussian_filter(term[..., 0], (0, *[self.SMOOTHING] * 2)) for name, term in terms.items()
+        }
+        return nats, smoothed
+
+    def tail(self, values):
+        """PERCENTILES of a term of the validation slices, and the mean excess over the last of those above it."""
+        percentiles = np.percentile(values, self.PERCENTILES)
+        beyond = values[values > percentiles[-1]] - percentiles[-1]
+        return percentiles, max(beyond.mean() if len(beyond) else 0.0, 1e-6)
+
+    def combine(self, terms):
+        """Root of the sum of the squared -ln p of the terms: {name: (N, H, W)} -> (N, H, W), at least 0."""
+        squares = 0
+        for name, values in terms.items():
+            percentiles, excess = self.tails[name]
+            body = np.interp(values, percentiles, -np.log(1 - self.PERCENTILES / 100))
+            squares += np.square(body + np.maximum(values - percentiles[-1], 0) / excess)
+        return np.sqrt(squares).astype(np.float32)
+
+    def score(self, maps):
+        """Mean of the highest pixels of each map: (N, H, W) -> (N,)."""
+        highest = max(1, round(self.SCORED * maps[0].size))
+        return np.sort(maps.reshape(len(maps), -1), axis=1)[:, -highest:].mean(axis=1)
+
+    def likeliest(self, images, labels):
+        """The labels, where one is not known that under which the codes are likeliest: int32 (N,)."""
+        labels, unknown = np.array(labels, np.int32), np.flatnonzero(np.asarray(labels) < 0)
+        if len(unknown) and self.pixelcnn.num_labels:
+            codes = self.vqvae.encode(images[unknown])
+            candidates = range(self.pixelcnn.num_labels)
+            nats = [self.pixelcnn.nll(codes, labels=np.full(len(codes), label, np.int32)) for label in candidates]
+            labels[unknown] = np.argmin(np.mean(nats, axis=(2, 3)), axis=0)
+        return labels
+
+    def restore(self, images, labels, nats, seed):
+        """Mean of RESTORATIONS of each slice, in which codes that surprise are drawn anew [8]: (N, H, W, 1)."""
+        known = np.where(nats > self.redraw_above, -1, self.vqvae.encode(images))
+        known, labels = (np.repeat(values, self.RESTORATIONS, axis=0) for values in (known, labels))
+        streams = np.tile(np.arange(self.RESTORATIONS), len(images))
+        told = {"labels": labels, "scores": np.full((len(labels), self.pixelcnn.num_scores), np.nan, np.float32)}
+        restored = self.vqvae.decode(self.pixelcnn.sample(len(known), seed, known=known, streams=streams, **told))
+        return tf.reduce_mean(tf.reshape(restored, (len(images), self.RESTORATIONS, *images.shape[1:])), axis=1)
+
+    def examine(self, images, labels, seed):
+        """The maps of slices.
+
+        Args: images, float32 (N, H, W, 1) in [0, 1]; labels, int32 (N,), -1 where not known; seed of the restorations.
+        Returns: {"labels": int32 (N,), "surprise": nats (N, h, w), "restored": (N, H, W), "anomaly_map": (N, H, W),
+            "score": (N,), "percentile": (N,), of the validation slices that score lower}.
         """
-        width, channels = hidden.shape[0], hidden.shape[-1]
-        padded = tf.pad(hidden, [[1, 1], [0, 0], [0, 0], [0, 0]])
-        neighbours = tf.concat([padded[right : right + width] for right in range(3)], axis=-1)
-        kernels = tf.stack([tf.reshape(block.masked.kernel[:3], (3 * channels, channels)) for block in self.blocks])
-        biases = tf.stack([tf.convert_to_tensor(block.masked.bias) for block in self.blocks])
-        return tf.matmul(neighbours, kernels) + biases[:, None]
-
-    def get_config(self):
+        labels = self.likeliest(images, labels)
+        nats, terms = self.measure(images, labels)
+        maps = self.combine(terms)
+        score = self.score(maps)
         return {
-            **super().get_config(),
-            "num_embeddings": self.num_embeddings,
-            "grid": list(self.grid),
-            "filters": self.filters,
-            "residual_blocks": len(self.blocks),
-            "dropout": self.dropout,
-            "learned_position": self.learned_position,
-            "context_filters": self.context_filters,
-            "zero_init": self.zero_init,
-            "num_labels": self.num_labels,
-            "num_changes": self.num_changes,
+            "labels": labels,
+            "surprise": nats,
+            "restored": self.restore(images, labels, nats, seed).numpy()[..., 0],
+            "anomaly_map": maps,
+            "score": score,
+            "percentile": 100 * np.searchsorted(self.normal_scores, score) / len(self.normal_scores),
         }

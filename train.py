@@ -14,21 +14,19 @@ import dataclasses
 import json
 import pathlib
 import shlex
+import signal
 import sys
+import threading
 import time
+import zipfile
 
-import dataset  # first, for it keeps TensorFlow's start-up log off the screen
-
-# isort: split
 import keras
-import matplotlib
 import numpy as np
 import tensorflow as tf
+from matplotlib.figure import Figure
 
+import dataset
 import modules
-
-matplotlib.use("agg")
-from matplotlib import pyplot as plt
 
 
 def setting(default, meaning, low=None, high=None):
@@ -59,14 +57,17 @@ class Settings:
     # PixelCNN
     pixelcnn_filters: int = setting(64, "channels between the residual blocks, half of them inside", 2, 4096)
     pixelcnn_blocks: int = setting(15, "residual blocks; 15 in the PixelRNN paper, table 1", 1, 128)
-    dropout: float = setting(0.2, "rate in every residual block and context", 0.0, 0.9)
-    learned_position: bool = setting(True, "add a learned vector for each grid position")
-    context_filters: int = setting(64, "channels that sum up all earlier codes; 0 for none", 0, 4096)
+    dropout: float = setting(0.2, "rate in every residual block", 0.0, 0.9)
     zero_init: bool = setting(True, "residual blocks start as identities, which allows the learning rate below")
+    context_filters: int = setting(64, "channels that sum up all rows above; 0 for none", 0, 4096)
+    learned_position: bool = setting(True, "add a learned vector for each grid position")
+    labels: bool = setting(True, "tell the slice number, where names tell it")
+    scores: int = setting(16, "principal scores of the whole slice that are told, if labels are; 0 for none", 0, 64)
+    below: bool = setting(True, "tell the slice below in the same head, if labels are: for whole heads")
     pixelcnn_epochs: int = setting(100, "epochs of the PixelCNN", 1, 10**6)
     pixelcnn_batch_size: int = setting(128, "grids of codes a step", 1, 2**16)
     pixelcnn_learning_rate: float = setting(1e-2, "at its highest", 1e-8, 1.0)
-    pixelcnn_warmup_epochs: int = setting(1, "over which the learning rate rises to it; 0 for none", 0, 10**6)
+    pixelcnn_warmup_epochs: int = setting(1, "over which the learning rate rises to it, at most half of all", 0, 10**6)
     pixelcnn_clip_norm: float = setting(1.0, "norm to which a step's gradient is shortened; 0 for none", 0.0, 1e6)
     pixelcnn_muon: bool = setting(True, "fit the 1x1 convolutions by Muon, the rest by Adam; else all by Adam")
 
@@ -86,9 +87,12 @@ ORIGINAL = {
     "ssim_weight": 0.0,
     "pixelcnn_filters": 128,
     "dropout": 0.0,
-    "learned_position": False,
-    "context_filters": 0,
     "zero_init": False,
+    "context_filters": 0,
+    "learned_position": False,
+    "labels": False,
+    "scores": 0,
+    "below": False,
     "pixelcnn_learning_rate": 3e-4,
     "pixelcnn_warmup_epochs": 0,
     "pixelcnn_clip_norm": 0.0,
@@ -116,14 +120,17 @@ def as_typed(value):
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
+def as_flag(name, value=None):
+    name = name.replace("_", "-")
+    return f"--no-{name}" if value is False else f"--{name}"
+
+
 def as_flags(settings):
     """Settings as they are given on the command line."""
-
-    def as_flag(name, value):
-        name = name.replace("_", "-")
-        return f"--no-{name}" if value is False else f"--{name} {as_typed(value)}"
-
-    return ", ".join(as_flag(name, value) for name, value in settings.items())
+    return ", ".join(
+        as_flag(name, value) + ("" if isinstance(value, bool) else f" {as_typed(value)}")
+        for name, value in settings.items()
+    )
 
 
 def parse_arguments(arguments):
@@ -139,24 +146,22 @@ def parse_arguments(arguments):
     parser.add_argument("--demo", action="store_true", help="draw head phantoms into the run directory and use them")
     parser.add_argument("--original", action="store_true", help="the settings of the original project")
     for field in dataclasses.fields(Settings):
-        flag = "--" + field.name.replace("_", "-")
         meaning = f"{field.metadata['help']} (default: {as_typed(field.default)})"
         if field.type is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=meaning)
+            options = {"action": argparse.BooleanOptionalAction}
         elif field.type in (int, float):
-            parser.add_argument(flag, type=field.type, metavar="N", help=meaning)
+            options = {"type": field.type, "metavar": "N"}
         else:
-            parser.add_argument(flag, type=int, nargs="+", metavar="N", help=meaning)
+            options = {"type": int, "nargs": "+", "metavar": "N"}
+        parser.add_argument(as_flag(field.name), help=meaning, **options)
     options = parser.parse_args(arguments)
     if options.demo and options.data:
         parser.error("--demo makes its own data: leave out --data, or --demo")
 
-    values = {**(DEMO if options.demo else {}), **(ORIGINAL if options.original else {})}
-    for field in dataclasses.fields(Settings):
-        given = getattr(options, field.name)
-        if given is not None:
-            values[field.name] = tuple(given) if isinstance(given, list) else given
-    settings = Settings(**values)
+    given = {field.name: getattr(options, field.name) for field in dataclasses.fields(Settings)}
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    defaults = {**(DEMO if options.demo else {}), **(ORIGINAL if options.original else {})}
+    settings = Settings(**{**defaults, **{name: value for name, value in given.items() if value is not None}})
     check_ranges(settings, parser)
     options.run = pathlib.Path(options.run or ("runs/demo" if options.demo else "runs/oasis"))
     options.data = options.run / "phantom_slices" if options.demo else options.data or "keras_png_slices_data"
@@ -168,7 +173,7 @@ def check_ranges(settings, parser):
         value, low, high = getattr(settings, field.name), field.metadata["low"], field.metadata["high"]
         for number in value if isinstance(value, tuple) else [value]:
             if low is not None and not low <= number <= high:
-                parser.error(f"--{field.name.replace('_', '-')} must be from {low} to {high}, not {number}")
+                parser.error(f"{as_flag(field.name)} must be from {low} to {high}, not {number}")
     if dataset.IMAGE_SIZE % 2 ** len(settings.filters):
         parser.error(f"--filters: {dataset.IMAGE_SIZE} pixels cannot be halved {len(settings.filters)} times")
     if settings.pixelcnn_filters % 2:
@@ -190,15 +195,16 @@ def open_run(run, settings, data_folder, data, phantom):
     config = json.loads(json.dumps(config))  # tuples become lists, as in a config read from a file
     before = dataset.read_config(run)
     if before is None:
-        if models := sorted(path.name for path in run.glob("*.keras")):
+        if models := sorted(path.name for path in [*run.glob("*.keras"), *run.glob("*_last.npz")]):
             raise dataset.UserError(f"--run {run} holds {models[0]}, but no config.json: choose another --run")
         dataset.write_json(run / "config.json", config)
         return
-    for name in config["settings"]:
-        now, then = config["settings"][name], before["settings"].get(name)
+    for name, now in config["settings"].items():
+        then = before["settings"].get(name)
         if now != then:
-            flag = "--" + name.replace("_", "-")
-            raise dataset.UserError(f"--run {run} was started with {flag} {then}, not {now}: choose another --run")
+            raise dataset.UserError(
+                f"--run {run} was started with {as_flag(name)} {then}, not {now}: choose another --run"
+            )
     for split in data:
         if before["data"].get(split) != data[split]:
             then = (before["data"].get(split) or {}).get("images")
@@ -215,79 +221,31 @@ def open_run(run, settings, data_folder, data, phantom):
 # One stage: a model, fitted epoch by epoch into the run directory
 # --------------------------------------------------------------------------------------
 
-
-@dataclasses.dataclass
-class Schedule:
-    """How long, and in what steps, a model is fitted."""
-
-    epochs: int
-    batch_size: int
-    learning_rate: float  # at its highest
-    warmup_epochs: int = 0  # over which it rises to that
-    cosine_decay: bool = True  # whether it then falls to 0 along half a cosine
-    clip_norm: float = 0  # norm to which a step's gradient is shortened; 0 for none
-    muon: bool = False  # whether matrices are fitted by Muon, and only the rest by Adam
-    seed: int = 0  # of the weights, the order of the examples and the dropout
+SAVE_EVERY = 60  # seconds, at least, between two savings of a training: on a fast card they would take longer than it
 
 
 class Stage:
-    """One model of a run: its schedule, and its files in the run directory."""
+    """One model of a run, "vqvae" or "pixelcnn": its settings, and its files in the run directory."""
 
-    def __init__(self, run, name, schedule):
-        self.name, self.schedule = name, schedule
+    def __init__(self, run, name, settings):
+        self.name, self.settings = name, settings
         self.best = run / f"{name}.keras"
-        self.last = run / f"{name}_last.keras"  # model and optimizer, to resume from; gone when finished
+        self.last = run / f"{name}_last.npz"  # all that a stopped training needs to go on; gone when finished
         self.history = run / f"{name}_history.csv"
         self.plot = run / f"{name}_loss.png"
 
-    def read_history(self, epochs):
-        """The rows of the first epochs, as {column: number}."""
-        if not epochs:
-            return []
-        try:
-            with open(self.history, newline="") as file:
-                rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)][:epochs]
-            if [row["epoch"] for row in rows if {"loss", "val_loss"} <= row.keys()] == list(range(1, epochs + 1)):
-                return rows
-        except (OSError, ValueError, KeyError, TypeError):
-            pass
-        raise dataset.UserError(
-            f"{self.history} does not hold the {epochs} epoch(s) that {self.last.name} has behind it: "
-            f"delete both, and {self.name} starts again from its first epoch"
-        )
+    def setting(self, name, default=None):
+        return getattr(self.settings, f"{self.name}_{name}", default)
 
-    def write_history(self, rows):
-        def write(path):
-            with open(path, "w", newline="") as file:
-                writer = csv.DictWriter(file, rows[0])
-                writer.writeheader()
-                writer.writerows({**row, "epoch": int(row["epoch"])} for row in rows)
-
-        dataset.write_whole(self.history, write)
-
-    def is_finished(self):
-        """Whether config.json says so. A model that is not the one it speaks of is refused.
-
-        The PixelCNN of a run belongs to the codes of one VQ-VAE, so neither is ever fitted a second time.
-        """
-        finished = dataset.read_config(self.best.parent)["finished"].get(self.name)
-        if finished is None:
-            return False
-        if not self.best.exists() or dataset.file_checksum(self.best) != finished:
-            raise dataset.UserError(
-                f"{self.best} is not the model that this run was finished with: restore it, or choose another --run"
-            )
-        self.last.unlink(missing_ok=True)  # a run that was killed at the end of `finish` leaves it behind
-        print(f"{self.name}: finished before, {self.best}")
-        return True
-
-    def finish(self, rows):
-        """Plot the history, and note in config.json which model the stage ended with."""
+    def finish(self, model, rows):
+        """Save the model, plot the history, and note in config.json which model the stage ended with."""
+        dataset.write_whole(self.best, model.save)
+        write_history(self.history, rows)  # again, for a run may have been killed before the last rows were in it
         plot_history(self, rows)
         config = dataset.read_config(self.best.parent)
         config["finished"][self.name] = dataset.file_checksum(self.best)
         dataset.write_json(self.best.parent / "config.json", config)
-        self.last.unlink()
+        self.last.unlink(missing_ok=True)
 
 
 def selection_loss(row, split="val_"):
@@ -298,122 +256,155 @@ def selection_loss(row, split="val_"):
     return row[f"{split}loss"] - row.get(f"{split}quantizer_loss", 0)
 
 
-def save_alone(model, path):
-    """Write a model without its optimizer, a third of the size, and not compiled."""
-    alone = type(model).from_config(model.get_config())
-    alone.set_weights(model.get_weights())
-    alone.save(path)
-
-
 class Checkpoint(keras.callbacks.Callback):
-    """After each epoch: keeps the history, what a later call needs to go on, and the best model.
+    """Keeps the history, the weights of the last and of the best epoch, and the optimizer.
 
-    The files are written in this order. A run that was killed between them has a row more than `last`
-    has epochs, which is written again, or a `last` that is better than `best`, which `keep_best` mends:
-    so the best model always is that of a row.
+    They go into one file, so that they always belong together: a run that is killed goes on from a row of its
+    history, and the best model is that of a row.
     """
 
-    def __init__(self, stage, rows):
+    def __init__(self, stage, model):
         super().__init__()
-        self.stage, self.rows = stage, rows
+        self.stage, self.rows, self.last, self.best = stage, [], [], []
+        self.saved, self.saved_at = 0, time.time()  # epochs; time
+        self.state = model.weights + model.optimizer.variables
+        if stage.last.exists():
+            self.load(len(model.weights))
+        self.began = len(self.rows)
 
-    def on_train_begin(self, logs=None):
-        self.keep_best()
+    def load(self, weights):
+        try:
+            with np.load(self.stage.last) as file:
+                self.rows = json.loads(str(file["rows"]))
+                self.last, self.best = ([file[f"{kind}{i}"] for i in range(count)]
+                                        for kind, count in (("last", len(self.state)), ("best", weights)))  # fmt: skip
+            for variable, value in zip(self.state, self.last):
+                variable.assign(value)
+        except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+            raise dataset.UserError(
+                f"{self.stage.last} is broken ({type(error).__name__}): "
+                f"delete it, and {self.stage.name} starts again from its first epoch"
+            ) from None
+        self.saved = len(self.rows)
+
+    def save(self):
+        if self.saved == len(self.rows):
+            return
+        arrays = {f"{kind}{i}": value for kind in ("last", "best") for i, value in enumerate(getattr(self, kind))}
+
+        def write(path):
+            with open(path, "wb") as file:
+                np.savez(file, rows=json.dumps(self.rows), **arrays)
+
+        dataset.write_whole(self.stage.last, write)
+        write_history(self.stage.history, self.rows)
+        self.saved, self.saved_at = len(self.rows), time.time()
 
     def on_epoch_begin(self, epoch, logs=None):
         self.started = time.time()
         # Dropout depends on the number of the step alone, as the data order does: resuming needs no hidden state.
         states = [v for v in self.model.non_trainable_variables if v.name == "seed_generator_state"]
         for number, state in enumerate(states):
-            state.assign([self.stage.schedule.seed + 7919 * number, int(self.model.optimizer.iterations.numpy())])
+            state.assign([self.stage.settings.seed + 7919 * number, int(self.model.optimizer.iterations.numpy())])
 
     def on_epoch_end(self, epoch, logs=None):
-        row = {"epoch": epoch + 1, "seconds": round(time.time() - self.started, 2), **logs}
+        name, epochs = self.stage.name, self.stage.setting("epochs")
         if not np.isfinite([logs["loss"], logs["val_loss"]]).all():
             raise dataset.UserError(
-                f"{self.stage.name}: the loss is not a number in epoch {epoch + 1}; the best model so far is kept. "
-                f"Lower --{self.stage.name}-learning-rate, in another --run"
+                f"{name}: the loss is not a number in epoch {epoch + 1}; what came before is kept. "
+                f"Lower --{name}-learning-rate, in another --run"
             )
-        self.rows.append(row)
-        self.stage.write_history(self.rows)
-        dataset.write_whole(self.stage.last, self.model.save)
-        self.keep_best()
-        epochs = self.stage.schedule.epochs
-        left = np.median([row["seconds"] for row in self.rows]) * (epochs - len(self.rows))
-        left = f"{left / 60:.0f} min" if left > 120 else f"{left:.0f} s"
-        print(f"{self.stage.name}: epoch {len(self.rows)} of {epochs}, about {left} left")
-
-    def keep_best(self):
-        if not self.rows:
-            return
+        row = {"epoch": epoch + 1, "seconds": round(time.time() - self.started, 2)}
+        self.rows.append({**row, **{key: float(value) for key, value in logs.items()}})
+        self.last = [keras.ops.convert_to_numpy(variable) for variable in self.state]
         if min(self.rows, key=selection_loss) is self.rows[-1]:
-            dataset.write_whole(self.stage.best, lambda path: save_alone(self.model, path))
-        elif not self.stage.best.exists():
-            raise dataset.UserError(
-                f"{self.stage.best} is missing: restore it, or delete {self.stage.last.name}, "
-                f"and {self.stage.name} starts again from its first epoch"
-            )
+            self.best = self.last[: len(self.model.weights)]
+        if time.time() > self.saved_at + SAVE_EVERY or epoch + 1 == epochs:
+            self.save()
+        seconds = [row["seconds"] for row in self.rows[self.began :]]  # the first of a call holds the compiling
+        left = np.median(seconds[1:] or seconds) * (epochs - epoch - 1)
+        left = f"{left / 60:.0f} min" if left > 120 else f"{left:.0f} s"
+        print(f"{name}: epoch {epoch + 1} of {epochs}, about {left} left")
 
 
-def learning_rates(schedule, steps):
-    """The learning rate at each step, `steps` an epoch: a rise from 0, then half a cosine to 0; or a constant."""
-    highest, warmup = schedule.learning_rate, schedule.warmup_epochs * steps
-    if not schedule.cosine_decay:
-        return highest
-    if not warmup:
-        return keras.optimizers.schedules.CosineDecay(highest, schedule.epochs * steps)
-    return keras.optimizers.schedules.CosineDecay(
-        0.0, max(schedule.epochs * steps - warmup, 1), warmup_target=highest, warmup_steps=warmup
+def write_history(path, rows):
+    def write(temporary):
+        with open(temporary, "w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+
+    dataset.write_whole(path, write)
+
+
+def make_optimizer(stage, steps):
+    """Adam; or Muon, whose steps of a matrix change all of its directions alike (Liu et al., arXiv 2502.16982).
+
+    The learning rate rises from 0 for the warm-up, then it falls to 0 along half a cosine, or stays.
+    Keras advises Adam for embeddings and for the output layer.
+    """
+    epochs, highest = stage.setting("epochs"), stage.setting("learning_rate")
+    warmup = int(min(stage.setting("warmup_epochs", 0), epochs / 2) * steps)
+    rates = keras.optimizers.schedules.CosineDecay(
+        0.0 if warmup else highest,
+        epochs * steps - warmup,
+        alpha=0.0 if stage.settings.cosine_decay else 1.0,
+        warmup_target=highest if warmup else None,
+        warmup_steps=warmup,
+    )
+    clip_norm = stage.setting("clip_norm") or None
+    if not stage.setting("muon"):
+        return keras.optimizers.Adam(rates, global_clipnorm=clip_norm)
+    return keras.optimizers.Muon(
+        rates, weight_decay=None, adam_weight_decay=None, global_clipnorm=clip_norm, exclude_layers=["logits"]
     )
 
 
-def make_optimizer(schedule, steps):
-    """Adam; or Muon, whose steps of a matrix change all of its directions alike (Liu et al., arXiv 2502.16982)."""
-    rates, clip_norm = learning_rates(schedule, steps), schedule.clip_norm or None
-    if not schedule.muon:
-        return keras.optimizers.Adam(rates, global_clipnorm=clip_norm)
-    return keras.optimizers.Muon(rates, weight_decay=None, adam_weight_decay=None, global_clipnorm=clip_norm)
-
-
-def fit(stage, make_model, variants, validation, prepare):
+def fit(stage, make_model, counts, prepare, validation):
     """Fit a model to its last epoch, from where an earlier call was stopped, if it was.
 
     Args:
         stage: `Stage`.
         make_model: () -> keras.Model, not compiled.
-        variants: training examples (N, V, ...), see `dataset.shuffled_batches`.
-        validation: validation examples (N, ...).
-        prepare: batch of examples -> what the model is fitted on.
-    """
-    schedule = stage.schedule
-    examples = len(tf.nest.flatten(variants)[0])
-    batch_size = min(schedule.batch_size, examples)
-    steps = examples // batch_size
-    with modules.choose_strategy().scope():
-        if stage.last.exists():
-            model = dataset.load_model(stage.last, f"delete it, and {stage.name} starts again from its first epoch")
-        else:
-            keras.utils.set_random_seed(schedule.seed)
-            model = make_model()
-            model.compile(optimizer=make_optimizer(schedule, steps))
-        model.jit_compile = modules.use_xla()  # a saved model has the choice of the machine that saved it
+        counts: how many training examples there are, and variants of each.
+        prepare: index pairs (example, variant), int32 (B, 2) -> what the model is fitted on.
+        validation: what the model is validated on, (N, ...).
 
-    done = int(model.optimizer.iterations.numpy()) // steps
-    rows = stage.read_history(done)
+    Returns: the model of the best epoch.
+    """
+    seed, epochs = stage.settings.seed, stage.setting("epochs")
+    batch_size = min(stage.setting("batch_size"), counts[0])
+    steps = counts[0] // batch_size
+    keras.utils.set_random_seed(seed)
+    model = make_model()
+    model.compile(optimizer=make_optimizer(stage, steps))
+    model.optimizer.build(model.trainable_variables)
+    checkpoint = Checkpoint(stage, model)
+    done = len(checkpoint.rows)
     if done:
-        print(f"{stage.name}: goes on after epoch {done} of {schedule.epochs}")
-    batches = dataset.shuffled_batches(variants, batch_size, schedule.seed, range(done, schedule.epochs))
-    model.fit(
-        batches.map(prepare),
-        validation_data=tf.data.Dataset.from_tensor_slices(validation).batch(batch_size).map(prepare),
-        initial_epoch=done,
-        epochs=schedule.epochs,
-        steps_per_epoch=steps,
-        callbacks=[Checkpoint(stage, rows)],
-        shuffle=False,  # done by the batches
-        verbose=dataset.progress_verbosity(),
-    )
-    stage.finish(rows)
+        print(f"{stage.name}: goes on after epoch {done} of {epochs}")
+    if done < epochs:
+        batches = dataset.shuffled_batches(*counts, batch_size, seed, range(done, epochs))
+        try:
+            model.fit(
+                batches.map(prepare).prefetch(tf.data.AUTOTUNE),
+                validation_data=tf.data.Dataset.from_tensor_slices(validation).batch(batch_size),
+                initial_epoch=done,
+                epochs=epochs,
+                steps_per_epoch=steps,
+                callbacks=[checkpoint],
+                shuffle=False,  # done by the batches
+                verbose=dataset.progress_verbosity(),
+            )
+        except (KeyboardInterrupt, dataset.UserError):
+            checkpoint.save()
+            raise
+    # A model of its own, without the optimizer and what the compiling left.
+    best = type(model).from_config(model.get_config())
+    for variable, value in zip(best.weights, checkpoint.best, strict=True):
+        variable.assign(value)
+    stage.finish(best, checkpoint.rows)
+    return best
 
 
 def plot_history(stage, rows):
@@ -421,23 +412,21 @@ def plot_history(stage, rows):
     epochs = [row["epoch"] for row in rows]
     best = min(rows, key=selection_loss)
     has_codebook = "perplexity" in rows[0]
-    figure, axes = plt.subplots(1, 1 + has_codebook, figsize=(5 + 4 * has_codebook, 3.5), squeeze=False)
-    axis = axes[0, 0]
-    axis.plot(epochs, [selection_loss(row, "") for row in rows], label="training")
-    axis.plot(epochs, [selection_loss(row) for row in rows], label="validation")
+    figure = Figure(figsize=(5 + 4 * has_codebook, 3.5), layout="tight")
+    axes = figure.subplots(1, 1 + has_codebook, squeeze=False)[0]
+    axes[0].plot(epochs, [selection_loss(row, "") for row in rows], label="training")
+    axes[0].plot(epochs, [selection_loss(row) for row in rows], label="validation")
     least = selection_loss(best)
-    axis.plot(best["epoch"], least, "o", label=f"kept: epoch {best['epoch']:.0f}, {least:.3f}")
+    axes[0].plot(best["epoch"], least, "o", label=f"kept: epoch {best['epoch']}, {least:.3f}")
     unit = "loss without the quantizer's terms" if has_codebook else "nats per code"
-    axis.set(xlabel="epoch", ylabel=unit, title=stage.name)
-    axis.legend()
+    axes[0].set(xlabel="epoch", ylabel=unit, title=stage.name)
     if has_codebook:
-        axes[0, 1].plot(epochs, [row["perplexity"] for row in rows], label="training")
-        axes[0, 1].plot(epochs, [row["val_perplexity"] for row in rows], label="validation")
-        axes[0, 1].set(xlabel="epoch", ylabel="perplexity", title="codebook, over each epoch", ylim=(0, None))
-        axes[0, 1].legend()
-    figure.tight_layout()
-    dataset.write_whole(stage.plot, figure.savefig)
-    plt.close(figure)
+        axes[1].plot(epochs, [row["perplexity"] for row in rows], label="training")
+        axes[1].plot(epochs, [row["val_perplexity"] for row in rows], label="validation")
+        axes[1].set(xlabel="epoch", ylabel="perplexity", title="codebook, over each epoch", ylim=(0, None))
+    for axis in axes:
+        axis.legend()
+    dataset.write_whole(stage.plot, lambda temporary: figure.savefig(temporary, format="png"))
 
 
 # --------------------------------------------------------------------------------------
@@ -461,7 +450,7 @@ def make_vqvae(settings, data_variance=1.0):
     )
 
 
-def make_pixelcnn(settings, num_labels=0):
+def make_pixelcnn(settings, num_labels=0, num_scores=0):
     side = dataset.IMAGE_SIZE // 2 ** len(settings.filters)
     return modules.PixelCNN(
         settings.num_embeddings,
@@ -469,86 +458,99 @@ def make_pixelcnn(settings, num_labels=0):
         filters=settings.pixelcnn_filters,
         residual_blocks=settings.pixelcnn_blocks,
         dropout=settings.dropout,
-        learned_position=settings.learned_position,
-        context_filters=settings.context_filters,
         zero_init=settings.zero_init,
+        context_filters=settings.context_filters,
+        learned_position=settings.learned_position,
         num_labels=num_labels,
+        num_scores=num_scores,
         num_changes=dataset.NUM_CHANGES if settings.augmentations else 0,
+        tell_below=settings.below and num_labels > 0,
     )
 
 
 def fit_vqvae(run, settings, train, validate):
     """The VQ-VAE of a run, fitted on the slices of two splits."""
-    schedule = Schedule(
-        settings.vqvae_epochs,
-        settings.vqvae_batch_size,
-        settings.vqvae_learning_rate,
-        cosine_decay=settings.cosine_decay,
-        seed=settings.seed,
-    )
-    stage = Stage(run, "vqvae", schedule)
-    if not stage.is_finished():
-        fit(
-            stage,
-            lambda: make_vqvae(settings, data_variance=np.var(train.images / np.float32(255))),
-            np.stack(dataset.shown_variants(train.images, settings.mirror), axis=1),
-            validate.images,
-            prepare=dataset.to_float,
-        )
-    return dataset.load_model(stage.best, "choose another --run")
+    if finished := dataset.finished_model(run, "vqvae"):
+        print("vqvae: finished before")
+        return finished
+    with tf.device("CPU"):  # the data stay on the host
+        images = tf.stack(dataset.shown_variants(train.images, settings.mirror), axis=1)
+
+    def prepare(index):
+        return tf.cast(tf.gather_nd(images, index)[..., None], tf.float32) / 255
+
+    def make_model():
+        return make_vqvae(settings, data_variance=np.var(dataset.to_float(train.images)))
+
+    return fit(Stage(run, "vqvae", settings), make_model, images.shape[:2], prepare, dataset.to_float(validate.images))
 
 
 def fit_pixelcnn(run, settings, vqvae, train, validate):
-    """The PixelCNN of a run, fitted on the codes of the same slices, with the slice numbers as labels."""
-    schedule = Schedule(
-        settings.pixelcnn_epochs,
-        settings.pixelcnn_batch_size,
-        settings.pixelcnn_learning_rate,
-        settings.pixelcnn_warmup_epochs,
-        settings.cosine_decay,
-        settings.pixelcnn_clip_norm,
-        settings.pixelcnn_muon,
-        settings.seed,
-    )
-    stage = Stage(run, "pixelcnn", schedule)
-    if stage.is_finished():
+    """The PixelCNN of a run, fitted on the codes of the same slices, and on what is known of them."""
+    if dataset.finished_model(run, "pixelcnn"):
+        print("pixelcnn: finished before")
         return
-    num_labels = 0 if train.labels is None else 1 + int(train.labels.max())
-    train_labels, validate_labels = (dataset.known_labels(split, num_labels) for split in (train, validate))
-    codes, changes = encode_variants(vqvae, train.images, settings)
-    fit(
-        stage,
-        lambda: make_pixelcnn(settings, num_labels),
-        (codes, np.repeat(train_labels[:, None], codes.shape[1], axis=1), changes),
-        (dataset.codes_of(vqvae, validate.images / np.float32(255)), validate_labels),
-        prepare=lambda *inputs: (inputs,),
-    )
+    num_labels = 1 + int(train.labels.max()) if settings.labels else 0
+    num_scores = min(settings.scores, len(train.images) - 1) if num_labels else 0
+    codes, scores, changes = encode_variants(vqvae, train, num_scores, settings)
+    with tf.device("CPU"):
+        shown = {"codes": codes, "scores": scores, "changes": changes}
+        shown = {name: tf.constant(values) for name, values in shown.items() if values.size}  # there may be no scores
+        labels, below = tf.constant(train.known_labels(num_labels)), tf.constant(dataset.slices_below(train))
+
+    def prepare(index):
+        """What is shown and told of a batch. The slice below has the same change."""
+        example, variant = index[:, 0], index[:, 1]
+        batch = {name: tf.gather_nd(values, index) for name, values in shown.items()}
+        lower = tf.gather(below, example)[:, None, None]
+        lower_codes = tf.gather_nd(shown["codes"], tf.stack([tf.maximum(lower[:, 0, 0], 0), variant], axis=1))
+        batch["codes"] = tf.cast(batch["codes"], tf.int32)
+        batch["below"] = tf.where(lower < 0, -1, tf.cast(lower_codes, tf.int32))
+        return {**batch, "labels": tf.gather(labels, example)}
+
+    def make_model():
+        model = make_pixelcnn(settings, num_labels, num_scores)
+        if num_scores:
+            known = np.flatnonzero((train.labels >= 0) & (train.cases >= 0))
+            model.fit_scores(scores[known, 0], train.labels[known], dataset.heads_of(train)[known])
+        return model
+
+    codes_to_validate = vqvae.encode(dataset.to_float(validate.images))
+    validation = {"codes": codes_to_validate, "labels": validate.known_labels(num_labels)}
+    fit(Stage(run, "pixelcnn", settings), make_model, codes.shape[:2], prepare, validation)
 
 
-def encode_variants(vqvae, images, settings):
-    """What the PixelCNN is shown of each slice: as it is, mirrored, and changed copies of both in turn.
+def encode_variants(vqvae, train, num_scores, settings):
+    """What the PixelCNN is shown of each training slice: as it is, mirrored, and changed copies of both in turn.
 
-    Args: images, uint8 (N, H, W).
-    Returns: codes, int32 (N, V, h, w); the changes of each, float32 (N, V, 6), see `dataset.augment`.
+    Returns: codes, the smallest integers that hold K, (N, V, h, w); standardised principal scores of each,
+        float32 (N, V, num_scores); the changes of each, float32 (N, V, 6), see `dataset.augment`.
     """
-    unchanged = dataset.shown_variants(images, settings.mirror)
+    components = dataset.principal_components(dataset.to_float(train.images), num_scores)
+    scale = dataset.project(dataset.to_float(train.images), components).std(axis=0)
+    heads, unchanged = dataset.heads_of(train), dataset.shown_variants(train.images, settings.mirror)
+    variants = []
+
+    def show(pictures, changes):
+        images = dataset.to_float(pictures)
+        codes = vqvae.encode(images).numpy().astype(np.min_scalar_type(vqvae.num_embeddings - 1))
+        variants.append((codes, (dataset.project(images, components) / scale).astype(np.float32), changes))
+
+    for pictures in unchanged:
+        show(pictures, np.zeros((len(pictures), dataset.NUM_CHANGES), np.float32))
     # About a quarter of all that is shown is unchanged, for so the prior is measured and sampled.
-    repeats = max(1, settings.augmentations // (3 * len(unchanged)))
-    codes = [dataset.codes_of(vqvae, pictures / np.float32(255)) for pictures in unchanged] * repeats
-    changes = [np.zeros((len(images), dataset.NUM_CHANGES), np.float32)] * len(codes)
+    variants *= max(1, settings.augmentations // (3 * len(unchanged)))
     if settings.augmentations:
-        print(f"making {settings.augmentations} changed copies of {len(images)} training slices")
+        print(f"making {settings.augmentations} changed copies of {len(train.images)} training slices")
         progress = dataset.progress_bar(settings.augmentations, "copy")
     for number in range(settings.augmentations):
-        changed, told = dataset.augment(unchanged[number % len(unchanged)], (settings.seed, number))
-        codes.append(dataset.codes_of(vqvae, changed / np.float32(255)))
-        changes.append(told)
+        show(*dataset.augment(unchanged[number % len(unchanged)], heads, (settings.seed, number)))
         progress.update(number + 1)
-    return np.stack(codes, axis=1), np.stack(changes, axis=1)
+    return tuple(np.stack(parts, axis=1) for parts in zip(*variants))
 
 
 def prepare_run(settings, options):
-    """The run directory, with its config.json, and the data: {name: Split}."""
+    """The run directory, with its config.json, and the data: {name: Slices}."""
     run = options.run
     if run.exists() and not run.is_dir():
         raise dataset.UserError(f"--run {run} is a file: choose another")
@@ -567,6 +569,8 @@ def prepare_run(settings, options):
 
 def main(arguments=None):
     settings, options = parse_arguments(arguments)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the last epoch is saved
     try:
         print(modules.set_up_devices())
         splits = prepare_run(settings, options)

@@ -4,13 +4,12 @@
     python tests/anomalies.py --run runs/oasis --split validate     # for choosing anything
 
 One change a slice, in a disk of 3 to 6 pixels that lies inside the head. On --split validate the
-thresholds have seen the unchanged slices, so its figures flatter a little.
+distributions of the terms have seen the unchanged slices, so its figures flatter a little.
 
 In the first table a map is measured by its average precision over the pixels inside all heads together
-(chance is the share of changed pixels); in the second the three maps that matter also by their best Dice
-coefficient, and by the Dice coefficient at the threshold that marks 5 % of the unchanged pixels. In the third
-a score of whole slices is measured by its area under the ROC curve, changed slices against the same unchanged.
-In brackets: 95 % of what it becomes with other subjects. Means are over the kinds without the last, the shift.
+(chance is the share of changed pixels). In the second a score of whole slices is measured by its area under
+the ROC curve, changed slices against the same unchanged. The third has what matters of both, and in brackets
+95 % of what it becomes with other subjects. Means are over the kinds without the last, the shift.
 """
 
 import argparse
@@ -19,18 +18,16 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-import dataset  # before TensorFlow
-
-# isort: split
 import numpy as np
+import tensorflow as tf
 from scipy import ndimage, stats
 
+import dataset
 import modules
 import predict
 
 RADII = 3, 6  # pixels
 HEAD_ABOVE = 0.05  # the background of skull-stripped slices is 0
-FALSE_POSITIVES = 0.05
 RESAMPLES = 200  # of the subjects
 
 
@@ -136,24 +133,14 @@ def average_precision(scores, truth):
     return np.sum(np.diff(true, prepend=0) * true / chosen) / truth.sum()
 
 
-def best_dice(scores, truth):
-    true, chosen = hits(scores, truth)
-    return np.max(2 * true / (chosen + truth.sum()))
-
-
-def dice_at_false_positives(scores, truth):
-    chosen = scores > np.quantile(scores[~truth], 1 - FALSE_POSITIVES)
-    return 2 * (chosen & truth).sum() / (chosen.sum() + truth.sum())
-
-
 def auroc(changed, unchanged):
     """Probability that a changed slice scores higher than an unchanged one; equal scores count half."""
     return stats.mannwhitneyu(changed, unchanged).statistic / len(changed) / len(unchanged)
 
 
-def bootstrap(statistic, subjects):
-    """statistic(indices of slices): of all, then of RESAMPLES draws of as many subjects."""
-    draws = [np.arange(len(subjects)), *predict.resample(subjects, RESAMPLES)]
+def interval(statistic, cases):
+    """statistic(indices of slices): of all, and of RESAMPLES draws of as many subjects."""
+    draws = [np.arange(len(cases)), *predict.resample(cases, RESAMPLES)]
     return np.array([statistic(chosen) for chosen in draws])
 
 
@@ -162,58 +149,35 @@ def bootstrap(statistic, subjects):
 # --------------------------------------------------------------------------------------
 
 
-def restored_in_the_loop(detector, images, labels):
-    """The restoration term where a code is judged given the codes already restored, and not all at once."""
-    terms = []
-    for batch, of, count in predict.fixed_batches(images, labels):
-        known = np.repeat(detector.vqvae.encode(batch), detector.restorations, axis=0)
-        streams = np.tile(np.arange(detector.restorations), len(of))
-        repeated = np.repeat(of, detector.restorations)
-        codes = detector.pixelcnn.restore(known, repeated, detector.redraw_above, streams, detector.seed)
-        restored = detector.vqvae.decode(codes).numpy().reshape(len(of), -1, *images.shape[1:])
-        spread = restored.std(axis=1) + predict.SPREAD_FLOOR
-        terms.append((np.abs(batch[..., 0] - restored.mean(axis=1)) / spread)[:count])
-    return predict.smooth(np.concatenate(terms))
+def smooth(maps):
+    return ndimage.gaussian_filter(maps, (0, *[modules.AnomalyDetector.SMOOTHING] * 2))
 
 
 def maps_of(detector, images, labels, clean_reconstructed):
-    """Every row of the first table: {name: (N, 64, 64)}; and the surprise (N, h, w)."""
-    found = detector.examine(images, labels)
-    terms, surprise = found["terms"], predict.upsample(found["surprise"])
-    reconstructed = dataset.images_of(detector.vqvae, dataset.codes_of(detector.vqvae, images))
-    residual = np.abs(images - reconstructed)
-    restored = np.abs(images - found["restored"])
+    """Every row of the first table, for images (N, 64, 64, 1): {name: (N, 64, 64)}."""
+    nats, terms = detector.measure(images, labels)
+    surprise = tf.image.resize(nats[..., None], images.shape[1:3]).numpy()[..., 0]
     return {
-        "intensity": images,
-        "z-score by level": np.abs(images - detector.mean[labels]) / detector.spread[labels],
-        "the same, smoothed": terms["level"],
-        "residual": residual,
+        "z-score by level, smoothed": terms["level"],
         "residual, smoothed": terms["residual"],
         "surprise": surprise,
         "surprise, smoothed, both orders": terms["surprise"],
-        "residual of restorations, smoothed": predict.smooth(restored),
-        "the same x surprise": predict.smooth(restored) * predict.smooth(surprise),
-        "z-score by restorations, smoothed": terms["restoration"],
-        "the same, judged in the loop": restored_in_the_loop(detector, images, labels),
-        "anomaly map": detector.anomaly_map(terms),
-        "without restorations": detector.anomaly_map({name: v for name, v in terms.items() if name != "restoration"}),
-        "oracle: clean reconstruction": predict.smooth(np.abs(images - clean_reconstructed)),
-    }, found["surprise"]
+        "anomaly map": detector.combine(terms),
+        "oracle: clean reconstruction": smooth(np.abs(images - clean_reconstructed)[..., 0]),
+    }
 
 
-def slice_scores(detector, maps, surprise):
-    """Every row of the third table: {name: (N,)}."""
+def scores_of(detector, maps):
+    """Every row of the second table: {name: (N,)}."""
     return {
-        "score of anomalies.csv": detector.score(surprise),
-        "highest of the surprise": maps["surprise"].max(axis=(1, 2)),
-        "mean z-score by level": maps["z-score by level"].mean(axis=(1, 2)),
-        "highest of the residual, smoothed": maps["residual, smoothed"].max(axis=(1, 2)),
+        "score of anomalies.csv": detector.score(maps["anomaly map"]),
         "highest of the anomaly map": maps["anomaly map"].max(axis=(1, 2)),
+        "mean z-score by level": maps["z-score by level, smoothed"].mean(axis=(1, 2)),
     }
 
 
 def print_table(title, rows):
-    """Print {name: {kind: text or number}} in Markdown, with the mean of numbers."""
+    """Print {name: {kind: number}} in Markdown, with the mean."""
     print(f"\n| {title} | " + " | ".join(KINDS) + " | mean |\n|---" + "|---" * (len(KINDS) + 1) + "|")
     for name, values in rows.items():
         cells = [f"{values[kind]:.3f}" for kind in KINDS] + [f"{np.mean(list(values.values())[:-1]):.3f}"]
@@ -225,65 +189,55 @@ def print_intervals(name, resampled):
     print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
 
 
-def main():
+def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--data", help="folder of the slices (default: where the run was trained)")
     parser.add_argument("--run", default="runs/oasis", help="folder that train.py filled (default: %(default)s)")
     parser.add_argument("--split", choices=("validate", "test"), default="test")
     parser.add_argument("--slices", type=int, default=160, metavar="N", help="evenly spaced (default: %(default)s)")
-    parser.add_argument("--restorations", type=int, default=8, metavar="N", help="of each (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of changes and draws (default: %(default)s)")
-    options = parser.parse_args()
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the changes (default: %(default)s)")
+    options = parser.parse_args(arguments)
 
     print(modules.set_up_devices())
     config, vqvae, pixelcnn = predict.load_run(pathlib.Path(options.run))
     splits = ("test",) if options.split == "test" else ("train", "validate")  # train, to hold out of it where need be
     split = dataset.load(options.data or config["data"]["folder"], splits)[options.split]
-    detector = predict.detectors(options, config, vqvae, pixelcnn)(known=pixelcnn.num_labels > 0)
-    images = split.images.astype(np.float32) / 255
-    if split.subjects is None or len(set(split.subjects)) < 2:
+    if not split.subjects or split.subjects < 2:
         raise dataset.UserError(f"{options.split}: two subjects at least are needed, and names that tell them")
-    subjects = np.array(split.subjects)
+    detector = predict.make_detector(options, config, vqvae, pixelcnn)
+    images = dataset.to_float(split.images)
     chosen = predict.evenly(options.slices, len(images))
-    labels = dataset.known_labels(split, pixelcnn.num_labels)[chosen]
-    heads = np.array([head_of(image) for image in images[chosen]])
+    clean, labels, cases = images[chosen], split.known_labels(pixelcnn.num_labels)[chosen], split.cases[chosen]
+    heads = np.array([head_of(image) for image in clean[..., 0]])
 
-    reconstructed = dataset.images_of(vqvae, dataset.codes_of(vqvae, images[chosen]))
-    unchanged = slice_scores(detector, *maps_of(detector, images[chosen], labels, reconstructed))
-    prevalence, precision, dice, slices, curves = {}, {}, {}, {}, {}
+    reconstructed = vqvae.decode(vqvae.encode(clean)).numpy()
+    unchanged = scores_of(detector, maps_of(detector, clean, labels, reconstructed))
+    prevalence, precision, curves, resampled = {}, {}, {}, {}
     for kind in KINDS:
         print(f"{kind}: changing and examining {len(chosen)} slices")
-        changed, disks = change(images, subjects, kind, options.seed, chosen)
-        maps, surprise = maps_of(detector, changed, labels, reconstructed)
-        truth = disks[heads]
-        prevalence[kind] = truth.mean()
+        changed, disks = change(images[..., 0], split.cases, kind, options.seed, chosen)
+        maps = maps_of(detector, changed[..., None], labels, reconstructed)
+        scores = scores_of(detector, maps)
+        prevalence[kind] = disks[heads].mean()
         for name, values in maps.items():
-            precision.setdefault(name, {})[kind] = average_precision(values[heads], truth)
-        for name in ("the same, smoothed", "surprise", "anomaly map"):
-            dice.setdefault(f"{name}: best", {})[kind] = best_dice(maps[name][heads], truth)
-            dice.setdefault(f"{name}: at 5 %", {})[kind] = dice_at_false_positives(maps[name][heads], truth)
-        scores = slice_scores(detector, maps, surprise)
+            precision.setdefault(name, {})[kind] = average_precision(values[heads], disks[heads])
         for name, values in scores.items():
-            slices.setdefault(name, {})[kind] = auroc(values, unchanged[name])
-        curves[kind] = maps["anomaly map"], disks, scores["highest of the anomaly map"]
+            curves.setdefault(name, {})[kind] = auroc(values, unchanged[name])
+
+        def precision_of(i, values=maps["anomaly map"], disks=disks):
+            return average_precision(values[i][heads[i]], disks[i][heads[i]])
+
+        def auroc_of(i, values=scores["score of anomalies.csv"], normal=unchanged["score of anomalies.csv"]):
+            return auroc(values[i], normal[i])
+
+        resampled[kind] = [interval(statistic, cases) for statistic in (precision_of, auroc_of)]
 
     print_table("average precision", {"chance": prevalence, **precision})
-    print_table("Dice", dice)
-    print_table("AUROC of the slice", slices)
-    normal = unchanged["highest of the anomaly map"]
-    print("\n| anomaly map | average precision | AUROC of the slice, by its highest |\n|---|---|---|")
-    resampled = []
-    for kind, (values, disks, highest) in curves.items():
-        resampled.append(
-            [
-                bootstrap(
-                    lambda i, v=values, d=disks: average_precision(v[i][heads[i]], d[i][heads[i]]), subjects[chosen]
-                ),
-                bootstrap(lambda i, h=highest: auroc(h[i], normal[i]), subjects[chosen]),
-            ]
-        )
-        print_intervals(kind, resampled[-1])
-    print_intervals("mean", np.mean(resampled[:-1], axis=0))
+    print_table("AUROC of the slice", curves)
+    print("\n| | average precision of the anomaly map | AUROC of the slice, by its score |\n|---|---|---|")
+    for kind, values in resampled.items():
+        print_intervals(kind, values)
+    print_intervals("mean", np.mean(list(resampled.values())[:-1], axis=0))
 
 
 if __name__ == "__main__":

@@ -29,15 +29,13 @@ import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-import dataset  # first, for it keeps TensorFlow's start-up log off the screen
-
-# isort: split
 import keras
 import numpy as np
 import tensorflow as tf
 import tensorflow_probability as tfp
 from keras import layers
 
+import dataset
 import modules
 import train
 
@@ -118,14 +116,6 @@ class PlainMaskedConv2D(layers.Conv2D):
         return tf.nn.conv2d(inputs, self.kernel * self.mask, strides=1, padding="SAME") + self.bias
 
 
-class LearnedPosition(layers.Layer):
-    def build(self, input_shape):
-        self.position = self.add_weight(name="position", shape=input_shape[1:], initializer="zeros")
-
-    def call(self, inputs):
-        return inputs + self.position
-
-
 class OneHotQuantizer(layers.Layer):
     """The quantizer of [4]: whole distances, one-hot codes, and a matrix product for the lookup."""
 
@@ -155,7 +145,7 @@ def copy_weights(plain, ours):
 
 
 def plain_pixelcnn(ours):
-    """The network of `ours` and its weights, on one-hot codes, of full kernels and 1x1 convolutions."""
+    """The network of `ours` and its weights, told nothing, on one-hot codes, of full kernels and 1x1 convolutions."""
 
     def plain(layer, source, inputs):
         outputs = layer(inputs)
@@ -165,15 +155,14 @@ def plain_pixelcnn(ours):
     codes = keras.Input(ours.grid, dtype="int32")
     one_hot = keras.ops.one_hot(codes, ours.num_embeddings)
     x = plain(PlainMaskedConv2D(ours.filters, 7, "A"), ours.first, one_hot)
-    if ours.learned_position:
-        x = LearnedPosition()(x)  # 0 in both before the training
     for i, block in enumerate(ours.blocks):
         if ours.contexts and i % modules.CONTEXT_EVERY == 0:  # the same on both sides
-            context = modules.GlobalContext(ours.context_filters, ours.dropout)
-            x = plain(context, ours.contexts[i // modules.CONTEXT_EVERY], x)
+            x = plain(
+                modules.RowContext(ours.context_filters, ours.dropout), ours.contexts[i // modules.CONTEXT_EVERY], x
+            )
         hidden = plain(layers.Conv2D(ours.filters // 2, 1, activation="relu"), block.narrow, layers.ReLU()(x))
         hidden = plain(PlainMaskedConv2D(ours.filters // 2, 3, "B"), block.masked, hidden)
-        hidden = layers.Dropout(ours.dropout)(layers.ReLU()(hidden))
+        hidden = layers.SpatialDropout2D(ours.dropout)(layers.ReLU()(hidden))
         x = layers.Add()([x, plain(layers.Conv2D(ours.filters, 1), block.widen, hidden)])
     x = layers.ReLU()(x)
     for dense in ours.head:
@@ -183,10 +172,9 @@ def plain_pixelcnn(ours):
 
 def plain_vqvae(ours):
     """The network of `ours` and its weights, without the SSIM term and without residual blocks."""
-    shape = {name: ours.config[name] for name in ("image_size", "embedding_dim", "filters", "kernel_size")}
-    shape["residual_blocks"] = 0
-    quantizer = OneHotQuantizer(*(ours.config[n] for n in ("num_embeddings", "embedding_dim", "commitment_cost")))
-    parts = modules.build_encoder(**shape), quantizer, modules.build_decoder(**shape)
+    shape = ours.image_size, ours.embedding_dim, ours.filters, ours.kernel_size, 0
+    quantizer = OneHotQuantizer(ours.num_embeddings, ours.embedding_dim, ours.commitment_cost)
+    parts = modules.build_encoder(*shape), quantizer, modules.build_decoder(*shape)
     for part, source in zip(parts, (ours.encoder, ours.quantizer, ours.decoder)):
         copy_weights(part, source)
     return keras.Sequential(parts)
@@ -239,7 +227,13 @@ def bench_passes(settings):
 
 def compare_epochs(what, ours, plain, examples, prepare, batch_size, steps):
     """(c) for two compiled models with the same weights: `fit` on the same batches."""
-    batches = dataset.shuffled_batches(examples[:, None], batch_size, 0, range(100)).map(prepare)
+    examples = tf.constant(examples)
+
+    def gather(index):
+        batch = prepare(tf.gather_nd(examples, index[:, :1]))
+        return batch, batch
+
+    batches = dataset.shuffled_batches(len(examples), 1, batch_size, 0, range(100)).map(gather)
     inputs = next(iter(batches))[0][:8]
     outputs, expected = np.array(ours(inputs)), np.array(plain(inputs))
     difference = f"{np.abs(outputs - expected).max():.0e}"
@@ -255,26 +249,26 @@ def compare_epochs(what, ours, plain, examples, prepare, batch_size, steps):
 def bench_pixelcnn_epoch(settings):
     ours, name = make_pixelcnn(settings)
     plain = plain_pixelcnn(ours)
-    for model in (ours, plain):
-        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-        model.compile(keras.optimizers.Adam(settings.pixelcnn_learning_rate), loss, jit_compile=modules.use_xla())
+    ours.compile(keras.optimizers.Adam(settings.pixelcnn_learning_rate))
+    plain.compile(
+        keras.optimizers.Adam(settings.pixelcnn_learning_rate),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    )
     codes, batch_size = random_codes(ours, SLICES), settings.pixelcnn_batch_size
     steps = SLICES // batch_size if GPUS else CPU_STEPS
-    compare_epochs(f"(c) epoch: {name}", ours, plain, codes, lambda codes: (codes, codes), batch_size, steps)
+    compare_epochs(f"(c) epoch: {name}", ours, plain, codes, tf.identity, batch_size, steps)
 
 
 def bench_vqvae_epoch():
     ours = train.make_vqvae(ORIGINAL)
     plain = plain_vqvae(ours)
-    ours.compile(keras.optimizers.Adam(ORIGINAL.vqvae_learning_rate), jit_compile=modules.use_xla())
-    plain.compile(
-        keras.optimizers.Adam(ORIGINAL.vqvae_learning_rate), "mean_squared_error", jit_compile=modules.use_xla()
-    )
+    ours.compile(keras.optimizers.Adam(ORIGINAL.vqvae_learning_rate))
+    plain.compile(keras.optimizers.Adam(ORIGINAL.vqvae_learning_rate), "mean_squared_error")
     shape = (SLICES, dataset.IMAGE_SIZE, dataset.IMAGE_SIZE)
     images, batch_size = np.random.default_rng(0).integers(256, size=shape, dtype="uint8"), ORIGINAL.vqvae_batch_size
 
     def prepare(batch):
-        return dataset.to_float(batch), dataset.to_float(batch)
+        return tf.cast(batch[..., None], tf.float32) / 255
 
     compare_epochs("(c) epoch: VQ-VAE", ours, plain, images, prepare, batch_size, SLICES // batch_size)
 
@@ -326,13 +320,13 @@ def bench_memory(data):
     row("(e) peak memory, train.py for 1+1 epochs", *against, f"{ours / imports:.2f} of it")
 
 
-def main():
+def main(arguments=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--data", help="folder of the slices (default: phantoms, drawn into a temporary folder)")
     parser.add_argument("--only", nargs="+", choices="abcde", default="abcde", help="parts to run (default: all)")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     devices = modules.set_up_devices()
 
     with tempfile.TemporaryDirectory() as folder:

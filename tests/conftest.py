@@ -1,10 +1,16 @@
-"""What the tests share: phantom slices, and one tiny run that train.py and predict.py made of them."""
+"""What the tests share: phantom slices, and one tiny run that train.py and predict.py made of them.
 
+They run on the CPU, also where there is a GPU.
+"""
+
+import os
 import pathlib
 import subprocess
 import sys
 
 import pytest
+
+os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # before TensorFlow is imported, here and in the processes of the tests
 
 import dataset
 
@@ -13,7 +19,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 TINY = [
     *("--num-embeddings", "16", "--filters", "4", "8", "--decoder-blocks", "1", "--vqvae-epochs", "3"),
     *("--pixelcnn-filters", "8", "--pixelcnn-blocks", "2", "--pixelcnn-epochs", "3"),
-    *("--vqvae-batch-size", "32", "--pixelcnn-batch-size", "32"),
+    *("--vqvae-batch-size", "32", "--pixelcnn-batch-size", "32", "--augmentations", "2", "--scores", "4"),
 ]
 
 

@@ -1,10 +1,10 @@
-"""`predict.py --anomalies`: what it writes, what its numbers depend on, and what it refuses."""
+"""`predict.py --anomalies`: what it writes, what its numbers depend on, and what it refuses; and the two benches."""
 
-import copy
 import csv
 import shutil
 
-import anomalies as bench
+import anomalies
+import bench
 import keras
 import numpy as np
 import pytest
@@ -14,91 +14,49 @@ from test_errors import cut, refuse  # noqa: F401  (a fixture)
 import dataset
 import modules
 import predict
-
-LEVELS = 32
-
-
-def write_run(folder, phantoms, num_labels):
-    """A run whose networks are small and hardly trained: enough for all but good maps."""
-    folder.mkdir()
-    keras.utils.set_random_seed(1)
-    images = dataset.load(phantoms, ("train", "validate"))["train"].images[::4] / np.float32(255)
-    vqvae = modules.VQVAE(16, 4, filters=(4, 8), decoder_blocks=1, ssim_weight=0.0)
-    latents = np.unique(vqvae.encoder(images[..., None]).numpy().reshape(-1, 4), axis=0)
-    vqvae.quantizer.codebook.assign(latents[np.linspace(0, len(latents) - 1, 16).astype(int)])
-    vqvae.compile(optimizer="adam")
-    vqvae.fit(images[..., None], verbose=0, epochs=2)
-    pixelcnn = modules.PixelCNN(16, (16, 16), filters=8, residual_blocks=2, num_labels=num_labels)
-    pixelcnn.compile(optimizer=keras.optimizers.Adam(3e-3))
-    pixelcnn.fit(dataset.codes_of(vqvae, images), verbose=0, epochs=2)
-    finished = {}
-    for name, model in (("vqvae", vqvae), ("pixelcnn", pixelcnn)):
-        model.save(folder / f"{name}.keras")
-        finished[name] = dataset.file_checksum(folder / f"{name}.keras")
-    data = {"folder": str(phantoms), "phantom": True}
-    dataset.write_json(
-        folder / "config.json", {"settings": {"mirror": True}, "data": data, "versions": {}, "finished": finished}
-    )
-    return folder
+import train
 
 
 @pytest.fixture(scope="module")
-def run(phantoms, tmp_path_factory):
-    return write_run(tmp_path_factory.mktemp("anomalies") / "run", phantoms, LEVELS)
+def run(finished_run, phantoms, tmp_path_factory):
+    """The tiny run with a prior that has seen enough to know the levels."""
+    run = shutil.copytree(finished_run, tmp_path_factory.mktemp("anomalies") / "run")
+    config, vqvae, _ = predict.load_run(run)
+    split = dataset.load(phantoms, ("train", "validate"))["train"]
+    keras.utils.set_random_seed(0)
+    pixelcnn = modules.PixelCNN(16, (16, 16), filters=8, residual_blocks=1, num_labels=32)
+    pixelcnn.compile(optimizer=keras.optimizers.Adam(1e-2))
+    shown = {"codes": vqvae.encode(dataset.to_float(split.images)).numpy(), "labels": split.labels}
+    pixelcnn.fit(shown, batch_size=8, epochs=15, verbose=0)
+    pixelcnn.save(run / "pixelcnn.keras")
+    config["finished"]["pixelcnn"] = dataset.file_checksum(run / "pixelcnn.keras")
+    dataset.write_json(run / "config.json", config)
+    return run
 
 
 @pytest.fixture(scope="module")
-def run_without_labels(phantoms, tmp_path_factory):
-    return write_run(tmp_path_factory.mktemp("anomalies") / "unlabelled", phantoms, 0)
-
-
-@pytest.fixture(scope="module")
-def detect(run):
-    """A function that makes the detector of the run."""
-    config, vqvae, pixelcnn = predict.load_run(run)
-
-    def make(known=True):
-        options = predict.parse_arguments(["--anomalies", "x", "--restorations", "2"])
-        return predict.detectors(options, config, vqvae, pixelcnn)(known)
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def detector(detect):
-    return detect()
+def detector(run):
+    return predict.make_detector(predict.parse_arguments(["--anomalies", "x"]), *predict.load_run(run))
 
 
 @pytest.fixture(scope="module")
 def slices(phantoms):
-    """Test slices (20, 64, 64) and their labels."""
-    split = dataset.load(phantoms, ("test",))["test"]
-    return split.images[:20].astype(np.float32) / 255, split.labels[:20]
+    """Every third test slice, (11, 64, 64, 1), and their labels."""
+    split = dataset.load(phantoms, ("test",))["test"][::3]
+    return dataset.to_float(split.images), split.labels
 
 
-def examine(run, folder, *arguments):
-    """Run the command: the rows of anomalies.csv and the arrays of anomalies.npz."""
-    code = predict.main(["--run", str(run), "--anomalies", str(folder), "--restorations", "2", *map(str, arguments)])
-    assert code == 0
-    with open(run / "anomalies" / "anomalies.csv", newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    with np.load(run / "anomalies" / "anomalies.npz") as arrays:
-        return rows, dict(arrays)
-
-
-@pytest.fixture(scope="module")
-def mixed(phantoms, tmp_path_factory):
+@pytest.fixture
+def mixed(phantoms, tmp_path):
     """A folder of slices of all sorts of names and files."""
-    folder = tmp_path_factory.mktemp("mixed")
-    source = phantoms / "keras_png_slices_test"
-    for number in (3, 30):
-        shutil.copy(source / f"case_441_slice_{number}.nii.png", folder)
+    folder, source = tmp_path / "mixed", phantoms / "keras_png_slices_test"
+    folder.mkdir()
+    shutil.copy(source / "case_441_slice_30.nii.png", folder)
     picture = Image.open(source / "case_441_slice_9.nii.png")
     picture.resize((100, 80)).convert("RGB").save(folder / "P7-Slice09.JPG", quality=95)
     Image.fromarray(np.asarray(picture).astype(np.uint16) * 257).save(folder / "$16 bit$.png")
-    picture.save(folder / "head.png")
-    picture.save(folder / "head.jpg")
-    picture.save(folder / "case_1_slice_77.png")
+    for name in ("a.png", "a.jpg", "case_1_slice_77.png"):
+        picture.save(folder / name)
     return folder
 
 
@@ -108,78 +66,53 @@ def mixed(phantoms, tmp_path_factory):
 
 
 def test_files_of_the_command(run, mixed, capsys):
-    rows, arrays = examine(run, mixed, "--slice", 12)
-    names = sorted(path.name for path in mixed.iterdir())
-    assert sorted(arrays["names"]) == sorted(row["name"] for row in rows) == names
-    count = len(names)
-    shapes = {
-        "names": (count,),
-        "images": (count, 64, 64),
-        "surprise": (count, 16, 16),
-        "restored": (count, 64, 64),
-        "anomaly_map": (count, 64, 64),
-        "score": (count,),
-        "labels": (count,),
+    (run / "anomalies").mkdir(exist_ok=True)
+    (run / "anomalies" / "older.png").write_text("of an earlier call")
+    assert predict.main(["--run", str(run), "--anomalies", str(mixed), "--slice", "12"]) == 0
+    pictures = {
+        f"{name}.png" for name in ("case_441_slice_30.nii", "P7-Slice09", "case_1_slice_77", "$16 bit$", "a", "a_3")
     }
-    assert {name: values.shape for name, values in arrays.items()} == shapes
-    assert all(arrays[name].dtype == np.float32 for name in ("images", "surprise", "restored", "anomaly_map"))
-    assert arrays["labels"].dtype == np.int32
-    assert all(np.isfinite(values).all() for name, values in arrays.items() if name != "names")
-    for name in ("images", "restored"):
-        assert 0 <= arrays[name].min() <= arrays[name].max() <= 1
-
-    labels = dict(zip(arrays["names"], arrays["labels"]))
-    assert labels == {
-        "case_441_slice_3.nii.png": 3,
-        "case_441_slice_30.nii.png": 30,
-        "P7-Slice09.JPG": 9,
-        "case_1_slice_77.png": -1,  # no such number in this run
-        **{name: 12 for name in ("$16 bit$.png", "head.png", "head.jpg")},
-    }
-    assert "not known" in capsys.readouterr().out
-
-    scores = [float(row["score"]) for row in rows]
-    assert list(rows[0]) == ["name", "slice", "score", "percentile"]
-    assert scores == sorted(scores, reverse=True) and len(set(scores)) > 1
-    by_name = dict(zip(arrays["names"], arrays["score"]))
-    assert all(float(row["score"]) == pytest.approx(by_name[row["name"]], abs=1e-4) for row in rows)
-    assert all(int(row["slice"]) == labels[row["name"]] for row in rows)
-    assert all(0 <= float(row["percentile"]) <= 100 for row in rows)
-
-    pictures = {"case_441_slice_3.nii", "case_441_slice_30.nii", "P7-Slice09", "case_1_slice_77", "$16 bit$"}
-    pictures = {f"{name}.png" for name in pictures | {"head.png", "head.jpg"}}
-    files = {path.name for path in (run / "anomalies").iterdir()}
-    assert files == pictures | {"anomalies.csv", "anomalies.npz"}
+    assert {path.name for path in (run / "anomalies").iterdir()} == pictures | {"anomalies.csv", "anomalies.npz"}
     assert len({Image.open(run / "anomalies" / name).size for name in pictures}) == 1
 
+    arrays = dict(np.load(run / "anomalies" / "anomalies.npz"))
+    maps = {name: (6, 64, 64) for name in ("images", "restored", "anomaly_map")}
+    shapes = {"names": (6,), "labels": (6,), "score": (6,), "surprise": (6, 16, 16), **maps}
+    assert {name: values.shape for name, values in arrays.items()} == shapes
+    assert arrays["labels"].dtype == np.int32 and arrays["anomaly_map"].dtype == np.float32
+    assert all(np.isfinite(values).all() for name, values in arrays.items() if name != "names")
+    labels = dict(zip(arrays["names"], arrays["labels"]))
+    likeliest = labels.pop("case_1_slice_77.png")  # no such number in this run
+    of_names = {"case_441_slice_30.nii.png": 30, "P7-Slice09.JPG": 9}
+    assert labels == {**of_names, **{name: 12 for name in ("$16 bit$.png", "a.png", "a.jpg")}}
+    assert 0 <= likeliest < 32 and "numbers of 1 names are not those of this run" in capsys.readouterr().out
+    deep, plain = (list(arrays["names"]).index(name) for name in ("$16 bit$.png", "a.png"))
+    np.testing.assert_allclose(arrays["anomaly_map"][deep], arrays["anomaly_map"][plain], rtol=1e-4)
 
-def test_the_same_grey_picture_gives_the_same_maps_in_any_format(run, mixed):
-    _, arrays = examine(run, mixed, "--slice", 12)
-    deep, head = (list(arrays["names"]).index(name) for name in ("$16 bit$.png", "head.png"))
-    assert np.array_equal(arrays["anomaly_map"][deep], arrays["anomaly_map"][head])
-    assert np.array_equal(arrays["restored"][deep], arrays["restored"][head])
+    with open(run / "anomalies" / "anomalies.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["name", "slice", "score", "percentile"]
+    scores = [float(row["score"]) for row in rows]
+    assert scores == sorted(scores, reverse=True) and len(set(scores)) > 1
+    by_name = dict(zip(arrays["names"], zip(arrays["labels"], arrays["score"])))
+    assert len(rows) == len(by_name) == 6
+    for row in rows:
+        assert (int(row["slice"]), float(row["score"])) == pytest.approx(by_name[row["name"]], abs=1e-4)
+        assert 0 <= float(row["percentile"]) <= 100
 
 
-def test_a_run_without_labels_knows_no_numbers(run_without_labels, mixed):
-    _, arrays = examine(run_without_labels, mixed)
-    assert (arrays["labels"] == -1).all()
+def test_no_two_pictures_have_one_name():
+    """Also where case does not count."""
+    names = ["a.png", "a.jpg", "a.png.jpg", "Head.png", "head.jpg", "a_1.png"]
+    pictures = predict.picture_names(names)
+    assert len({picture.casefold() for picture in pictures}) == len(names)
+    assert pictures[0] == "a.png" and all(picture.endswith(".png") for picture in pictures)
 
 
-@pytest.mark.parametrize(
-    ("name", "number"),
-    [
-        ("case_001_slice_2.nii.png", 2),
-        ("OAS1_0001_slice_031.png", 31),
-        ("P7-Slice09.JPG", 9),
-        ("slice 4.png", 4),
-        ("head.png", None),
-        ("slice.png", None),
-        ("head_12.png", None),
-        ("backslice_3.png", None),
-    ],
-)
-def test_slice_number_of_a_name(name, number):
-    assert dataset.slice_number(name) == number
+def test_slice_number_of_a_name():
+    numbers = {"case_001_slice_2.nii.png": 2, "P7-Slice09.JPG": 9, "slice 4.png": 4}
+    numbers |= {name: -1 for name in ("slice.png", "head_12.png", "backslice_3.png")}
+    assert {name: dataset.slice_number(name) for name in numbers} == numbers
 
 
 # --------------------------------------------------------------------------------------
@@ -187,97 +120,62 @@ def test_slice_number_of_a_name(name, number):
 # --------------------------------------------------------------------------------------
 
 
-def same(found, others, name):
-    return np.array_equal(found[name], others[name])
-
-
 def test_a_slice_does_not_depend_on_the_others(detector, slices):
-    """To the bit: in another order, at another place of the batch, alone, and beside slices of another kind."""
+    """In another order and alone it has the same numbers; to rounding, for batches of other sizes sum in other ways."""
     images, labels = slices
-    found = detector.examine(images, labels)
     order = np.random.default_rng(0).permutation(len(images))
-    again = detector.examine(images[order], labels[order])
-    alone = detector.examine(images[7:8], labels[7:8])
-    beside = detector.examine(np.concatenate([np.ones((3, 64, 64), np.float32), images[7:8]]), labels[[0, 1, 2, 7]])
-    for name in ("surprise", "restored"):
-        assert np.array_equal(found[name][order], again[name])
-        assert np.array_equal(found[name][7], alone[name][0])
-        assert np.array_equal(found[name][7], beside[name][-1])
-    for name, values in found["terms"].items():
-        assert np.array_equal(values[order], again["terms"][name])
-        assert np.array_equal(values[7], alone["terms"][name][0])
-    assert np.array_equal(detector.anomaly_map(found["terms"])[7], detector.anomaly_map(alone["terms"])[0])
+    found, again = detector.examine(images, labels, 0), detector.examine(images[order], labels[order], 0)
+    alone = detector.examine(images[7:8], labels[7:8], 0)
+    for name, values in found.items():
+        np.testing.assert_allclose(again[name], values[order], rtol=1e-3, atol=1e-3, err_msg=name)
+        np.testing.assert_allclose(alone[name][0], values[7], rtol=1e-3, atol=1e-3, err_msg=name)
+    assert not np.allclose(found["anomaly_map"][6], found["anomaly_map"][7], atol=0.1)
+    other = detector.examine(images[7:8], labels[7:8], seed=1)
+    np.testing.assert_array_equal(other["surprise"], alone["surprise"])
+    assert (other["restored"] != alone["restored"]).any()
 
 
-def test_control_numbers_that_run_through_the_batch_depend_on_the_others(detector, slices, monkeypatch):
+def test_a_slice_without_a_number_gets_the_likeliest(detector, slices):
     images, labels = slices
-    monkeypatch.setattr(np, "tile", lambda streams, count: np.arange(count * len(streams)))
-    beside, alone = (detector.examine(images[part], labels[part])["restored"] for part in (slice(6, 8), slice(7, 8)))
-    assert not np.array_equal(beside[-1], alone[0])
+    told = np.where(np.arange(len(labels)) % 2, labels, -1).astype(np.int32)
+    found = detector.likeliest(images, told)
+    np.testing.assert_array_equal(found[1::2], labels[1::2])
+    assert (found >= 0).all() and np.abs(found - labels)[::2].mean() < 5  # at random about 11
+    codes = detector.vqvae.encode(images)
+    nats, true, wrong = (
+        detector.pixelcnn.nll(codes, labels=of.astype(np.int32)).numpy().mean(axis=(1, 2))
+        for of in (found, labels, (found + 16) % 32)
+    )
+    assert (nats <= true + 1e-5).all() and (nats < wrong).all()
 
 
-def test_the_seed_decides_the_restorations_and_not_the_surprise(detector, slices):
-    images, labels = (part[:4] for part in slices)
-    reseeded = copy.copy(detector)
-    reseeded.seed = 1
-    first, again, other = (each.examine(images, labels) for each in (detector, detector, reseeded))
-    assert same(first, again, "restored") and not same(first, other, "restored")
-    assert same(first, other, "surprise")
-
-
-def test_the_label_counts(detector, slices):
-    images, labels = (part[:4] for part in slices)
-    assert not same(*(detector.examine(images, of) for of in (labels, labels + 9)), "surprise")
-
-
-def validation_nats(detector, phantoms, known):
-    split = dataset.load(phantoms, ("train", "validate"))["validate"]
-    labels = split.labels if known else np.full_like(split.labels, -1)
-    codes = dataset.codes_of(detector.vqvae, split.images.astype(np.float32) / 255)
-    return dataset.in_batches(detector.pixelcnn.nll, codes, labels)
-
-
-@pytest.mark.parametrize("known", [True, False])
-def test_thresholds_are_percentiles_of_the_validation_slices(detect, phantoms, slices, known):
-    """Of those that the prior is told as much of; and the score is the sum beyond."""
-    detector = detect(known=known)
-    nats = validation_nats(detector, phantoms, known)
-    assert np.allclose([detector.redraw_above, detector.score_above], np.percentile(nats, [90, 98]), rtol=1e-5)
-    images, labels = slices
-    surprise = detector.examine(images, labels if known else np.full_like(labels, -1))["surprise"]
-    expected = np.array([values[values > detector.score_above].sum() for values in surprise])
-    assert np.allclose(detector.score(surprise), expected, rtol=1e-5) and len(set(expected)) > 3
-    lower = [100 * np.mean(detector.scores < score) for score in detector.score(surprise)]
-    assert np.allclose(detector.percentile(detector.score(surprise)), lower)
-
-
-def test_only_codes_beyond_the_threshold_are_drawn_anew(detector, slices):
-    images, labels = (part[:16] for part in slices)
-    codes = dataset.codes_of(detector.vqvae, images)
-    kept = detector.restore(codes, np.zeros(codes.shape), labels)
-    assert np.allclose(kept, dataset.images_of(detector.vqvae, codes)[:, None], atol=1e-6)
-    drawn = detector.restore(codes, np.full(codes.shape, np.inf), labels)
-    assert not np.allclose(drawn, kept, atol=0.01)
-
-
-def test_the_map_is_the_root_of_the_squared_logarithms_of_shares(detector):
-    detector = copy.copy(detector)
+def test_the_map_is_the_root_of_the_squared_logarithms_of_shares(detector, monkeypatch):
     values = np.random.default_rng(0).exponential(size=100_000)
-    detector.tails = {"term": detector.measure_tail(values)}
+    monkeypatch.setattr(detector, "tails", {name: detector.tail(values) for name in ("one", "other")})
     points = np.array([0.5, 2.0, 4.0, 8.0])  # an exponential distribution has -ln p = value
-    assert np.allclose(detector.anomaly_map({"term": points}), points, rtol=0.05, atol=0.02)
-    detector.tails["other"] = detector.tails["term"]
-    both = detector.anomaly_map({"term": points, "other": points})
-    assert np.allclose(both, np.sqrt(2) * points, rtol=0.05, atol=0.03)
+    np.testing.assert_allclose(detector.combine({"one": points}), points, rtol=0.05, atol=0.02)
+    both = detector.combine({"one": points, "other": points[::-1]})
+    np.testing.assert_allclose(both, np.hypot(points, points[::-1]), rtol=0.05, atol=0.03)
+
+
+def test_a_score_is_the_mean_of_the_highest_hundredth(detector, phantoms):
+    maps = np.random.default_rng(0).permuted(np.arange(2 * 64 * 64.0)).reshape(2, 64, 64)
+    expected = [sorted(values.ravel())[-41:] for values in maps]
+    np.testing.assert_allclose(detector.score(maps), np.mean(expected, axis=1))
+    # A percentile is among the validation slices, in which the lowest has none below it.
+    validate = dataset.load(phantoms, ("train", "validate"))["validate"]
+    percentile = detector.examine(dataset.to_float(validate.images), validate.labels, 0)["percentile"]
+    np.testing.assert_allclose(np.sort(percentile), 100 * np.arange(32) / 32, atol=4)
 
 
 def test_a_changed_disk_stands_out(detector, slices):
     images, labels = slices
     subjects = np.arange(len(images))
-    changed, disks = bench.change(images, subjects, "disk of 1", 0, range(len(images)))
-    before, after = (detector.anomaly_map(detector.examine(of, labels)["terms"]) for of in (images, changed))
+    changed, disks = anomalies.change(images[..., 0], subjects, "disk of 1", 0, subjects)
+    before, after = (detector.combine(detector.measure(of, labels)[1]) for of in (images, changed[..., None]))
     assert after[disks].mean() > 1.5 * before[disks].mean()
-    assert bench.average_precision(after.ravel(), disks.ravel()) > 3 * disks.mean()
+    assert anomalies.average_precision(after.ravel(), disks.ravel()) > 3 * disks.mean()
+    assert anomalies.average_precision(before.ravel(), disks.ravel()) < 3 * disks.mean()  # control
 
 
 # --------------------------------------------------------------------------------------
@@ -285,65 +183,76 @@ def test_a_changed_disk_stands_out(detector, slices):
 # --------------------------------------------------------------------------------------
 
 
-def test_wrong_folders_are_refused(run, refuse, tmp_path):  # noqa: F811
-    refuse(predict, ["--run", run, "--anomalies", tmp_path / "none"], "--anomalies", "none", "no such folder")
-    (tmp_path / "notes.txt").write_text("no slice")
-    refuse(predict, ["--run", run, "--anomalies", tmp_path], str(tmp_path), "no slices in it", "another folder")
-    (run / "anomalies").mkdir(exist_ok=True)
-    refuse(predict, ["--run", run, "--anomalies", run / "anomalies"], "overwrite", "another folder")
-
-
-def test_a_broken_image_is_refused_and_the_old_table_stays(run, mixed, refuse, tmp_path):  # noqa: F811
+def test_wrong_folders_and_numbers_are_refused(run, mixed, refuse, tmp_path):  # noqa: F811
     table = run / "anomalies" / "anomalies.csv"
     table.parent.mkdir(exist_ok=True)
     table.write_text("of before")
-    folder = tmp_path / "slices"
-    shutil.copytree(mixed, folder)
-    cut(folder / "head.png")
-    refuse(predict, ["--run", run, "--anomalies", folder], "1 unreadable", "head.png")
+    refuse(predict, ["--run", run, "--anomalies", tmp_path / "none"], "--anomalies", "none", "no such folder")
+    refuse(predict, ["--run", run, "--anomalies", tmp_path], str(tmp_path), "no slices in it", "another folder")
+    refuse(predict, ["--run", run, "--anomalies", table.parent], "would replace the slices", "another folder")
+    refuse(predict, ["--run", run, "--anomalies", mixed, "--slice", 32], "--slice", "0 to 31", "not 32")
+    cut(mixed / "a.png")
+    refuse(predict, ["--run", run, "--anomalies", mixed], "1 unreadable", "a.png")
     assert table.read_text() == "of before"
 
 
-def test_slice_numbers_that_the_run_does_not_know_are_refused(run, run_without_labels, mixed, refuse):  # noqa: F811
-    refuse(predict, ["--run", run, "--anomalies", mixed, "--slice", LEVELS], "--slice", "0 to 31", "not 32")
-    refuse(predict, ["--run", run_without_labels, "--anomalies", mixed, "--slice", 3], "--slice", "no slice numbers")
-
-
 @pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
-        ("--anomalies x --slice 1 2", "one number"),
-        ("--anomalies x --restorations 0", "--restorations must be from 1"),
-        ("--anomalies x --complete", "leave out"),
-        ("--anomalies x --num-samples 4", "leave out"),
-        ("--anomalies x --temperature 0.5", "leave out"),
-        ("--restorations 4", "--anomalies"),
-    ],
+    "arguments, expected",
+    [("--slice 1 2", "one number")] + [(flag, "leave out") for flag in ("--complete", "--heads 1", "--temperature 2")],
 )
 def test_flags_that_do_not_go_together_are_refused(arguments, expected, refuse):  # noqa: F811
-    refuse(predict, arguments.split(), expected)
+    refuse(predict, ["--anomalies", "x", *arguments.split()], expected)
 
 
 # --------------------------------------------------------------------------------------
-# The bench
+# The benches
 # --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", bench.KINDS)
+@pytest.mark.parametrize("kind", anomalies.KINDS)
 def test_a_change_stays_in_its_disk_and_has_its_own_seed(kind, slices):
-    images, _ = slices
-    subjects = np.arange(len(images)) // 4
-    changed, disks = bench.change(images, subjects, kind, 0, [3, 9])
-    assert (changed != np.rint(255 * images[[3, 9]]) / np.float32(255))[disks].any()
-    assert np.array_equal(changed[~disks], images[[3, 9]][~disks])
-    assert not (disks & ~np.array([bench.head_of(image) for image in images[[3, 9]]])).any()
-    assert np.array_equal(bench.change(images, subjects, kind, 0, [9])[0][0], changed[1])
-    assert not np.array_equal(bench.change(images, subjects, kind, 1, [9])[0][0], changed[1])
+    images, subjects = slices[0][..., 0], np.arange(11) // 4
+    changed, disks = anomalies.change(images, subjects, kind, 0, [3, 9])
+    assert (changed != images[[3, 9]])[disks].any()
+    np.testing.assert_allclose(changed[~disks], images[[3, 9]][~disks], atol=1e-6)
+    assert not (disks & ~np.array([anomalies.head_of(image) for image in images[[3, 9]]])).any()
+    np.testing.assert_array_equal(anomalies.change(images, subjects, kind, 0, [9])[0][0], changed[1])
+    assert (anomalies.change(images, subjects, kind, 1, [9])[0][0] != changed[1]).any()
 
 
-def test_measures_of_the_bench():
+def test_the_bench_of_the_maps(run, phantoms, tmp_path, monkeypatch, capsys):
     scores, truth = np.array([4.0, 3.0, 2.0, 1.0]), np.array([True, False, True, False])
-    assert bench.average_precision(scores, truth) == pytest.approx((1 + 2 / 3) / 2)
-    assert bench.average_precision(np.zeros(4), truth) == 0.5  # chance, in whatever order
-    assert bench.best_dice(scores, truth) == pytest.approx(0.8)
-    assert bench.auroc(np.array([2.0, 1.0]), np.array([1.0, 0.0])) == pytest.approx(3.5 / 4)
+    assert anomalies.average_precision(scores, truth) == pytest.approx((1 + 2 / 3) / 2)
+    assert anomalies.average_precision(np.zeros(4), truth) == 0.5  # chance, in whatever order
+    assert anomalies.auroc(np.array([2.0, 1.0]), np.array([1.0, 0.0])) == pytest.approx(3.5 / 4)
+    # The whole command, on two kinds and the slices of the test and a validation subject.
+    data = shutil.copytree(phantoms, tmp_path / "data")
+    for path in (data / "keras_png_slices_validate").iterdir():
+        shutil.copy(path, data / "keras_png_slices_test" / path.name.replace("case_402", "case_442"))
+    monkeypatch.setattr(anomalies, "KINDS", {kind: anomalies.KINDS[kind] for kind in ("disk of 1", "shift")})
+    monkeypatch.setattr(anomalies, "RESAMPLES", 20)
+    anomalies.main(["--run", str(run), "--data", str(data), "--slices", "12"])
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    first = {name: float(cells[0]) for name, *cells in rows[1:8]}  # of disks of 1
+    assert list(first)[0] == "| chance" and list(first)[-1] == "| oracle: clean reconstruction"
+    assert first["| anomaly map"] > 3 * first["| chance"]
+    assert all(0 < value <= 1 for value in first.values()) and rows[-1][0] == "| mean"
+
+
+@pytest.mark.parametrize("part", "abcd")
+def test_the_bench_of_speed(part, phantoms, monkeypatch, capsys):
+    """With small networks it measures something; in (c) both sides compute the same."""
+    small = train.Settings(
+        **{**train.ORIGINAL, "num_embeddings": 16, "filters": (4, 8, 8), "pixelcnn_filters": 8, "pixelcnn_blocks": 2},
+        pixelcnn_batch_size=4, vqvae_batch_size=4,
+    )  # fmt: skip
+    for name, value in {"REPETITIONS": 1, "EVERY": 32, "SLICES": 8, "CPU_STEPS": 1}.items():
+        monkeypatch.setattr(bench, name, value)
+    for name in ("PUBLISHED", "FINER", "ORIGINAL"):
+        monkeypatch.setattr(bench, name, small)
+    bench.main(["--only", part, "--data", str(phantoms)])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(f"({part})")]
+    assert lines and all(" s " in line or "largest difference" in line for line in lines)
+    for line in lines:
+        if "largest difference" in line:
+            assert float(line.split()[-5]) < 1e-4
