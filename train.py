@@ -303,9 +303,10 @@ class Checkpoint(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch, logs=None):
         self.started = time.time()
         # Dropout depends on the number of the step alone, as the data order does: resuming needs no hidden state.
+        # A generator is asked several times a step, so steps are 16 apart.
         states = [v for v in self.model.non_trainable_variables if v.name == "seed_generator_state"]
         for number, state in enumerate(states):
-            state.assign([self.stage.settings.seed + 7919 * number, int(self.model.optimizer.iterations.numpy())])
+            state.assign([self.stage.settings.seed + 7919 * number, 16 * int(self.model.optimizer.iterations.numpy())])
 
     def on_epoch_end(self, epoch, logs=None):
         name, epochs = self.stage.name, self.stage.setting("epochs")
