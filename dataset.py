@@ -221,6 +221,25 @@ def fingerprint(loaded):
     }
 
 
+def write_data(folder, splits, head):
+    """Write a new folder of slices, which appears complete or not at all: {split: cases}, case -> uint8 (L, H, W)."""
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+    progress = progress_bar(sum(map(len, splits.values())), "head")
+    try:
+        with told_if_it_fails(folder):
+            for split, cases in splits.items():
+                (partial / f"keras_png_slices_{split}").mkdir(parents=True)
+                for case in cases:
+                    for index, picture in enumerate(head(case)):
+                        path = partial / f"keras_png_slices_{split}" / f"case_{case:03d}_slice_{index}.nii.png"
+                        tf.io.write_file(str(path), tf.io.encode_png(picture[..., None]))
+                    progress.add(1)
+            partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
 # --------------------------------------------------------------------------------------
 # The same folder, out of OASIS-1 as anybody can download it
 # --------------------------------------------------------------------------------------
@@ -338,23 +357,7 @@ def import_oasis(folder, target):
         raise UserError(f"{target} exists: name another folder, or delete it first")
     source, heads = find_heads(folder)
     splits = split_cases(list(heads))
-    partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-    progress = progress_bar(len(heads), "head")
-    try:
-        with told_if_it_fails(target):
-            partial.mkdir()
-            for split, cases in splits.items():
-                split_folder = partial / f"keras_png_slices_{split}"
-                split_folder.mkdir()
-                for case in cases:
-                    for index, picture in enumerate(head_slices(heads[case], source)):
-                        path = split_folder / f"case_{case:03d}_slice_{index}.nii.png"
-                        tf.io.write_file(str(path), tf.io.encode_png(picture[..., None]))
-                    progress.add(1)
-            partial.rename(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    write_data(target, splits, lambda case: head_slices(heads[case], source))
     counts = ", ".join(f"{split} {len(cases)}" for split, cases in splits.items())
     print(f"{target}: 32 slices of every head; heads: {counts}")
 
@@ -507,22 +510,9 @@ def phantom_slices(rng, slices=32, size=256):
 
 def write_phantom(folder, train=24, validate=4, test=4, seed=0):
     """Write that many phantom subjects to the new `folder` as PNGs, in the layout of the real data set."""
-    folder = pathlib.Path(folder)
-    partial = folder.with_name(folder.name + ".partial")  # renamed once complete, so no half is ever used
-    shutil.rmtree(partial, ignore_errors=True)
     cases = {"train": range(1, 1 + train), "validate": range(402, 402 + validate), "test": range(441, 441 + test)}
     print(f"drawing {train + validate + test} head phantoms into {folder}")
-    progress = progress_bar(train + validate + test, "subject")
-    with told_if_it_fails(folder):
-        for split in SPLITS:
-            split_folder = partial / f"keras_png_slices_{split}"
-            split_folder.mkdir(parents=True)
-            for case in cases[split]:
-                for index, picture in enumerate(phantom_slices(np.random.default_rng((seed, case)))):
-                    path = split_folder / f"case_{case:03d}_slice_{index}.nii.png"
-                    tf.io.write_file(str(path), tf.io.encode_png(picture[..., None]))
-                progress.add(1)
-        partial.rename(folder)
+    write_data(pathlib.Path(folder), cases, lambda case: phantom_slices(np.random.default_rng((seed, case))))
 
 
 # --------------------------------------------------------------------------------------
@@ -532,6 +522,19 @@ def write_phantom(folder, train=24, validate=4, test=4, seed=0):
 
 class UserError(Exception):
     """Something the user can mend; shown as one line, without a traceback."""
+
+
+def exit_code(script, work, *arguments):
+    """work(*arguments) -> 0; else what is wrong is told in one line, and 2, or 130 where the user stopped it."""
+    try:
+        work(*arguments)
+    except UserError as error:
+        print(f"{script}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{script}: stopped; give the same command again", file=sys.stderr)
+        return 130
+    return 0
 
 
 @contextlib.contextmanager
@@ -572,10 +575,10 @@ def write_json(path, content):
     write_whole(path, lambda temporary: temporary.write_text(text))
 
 
-def write_arrays(path, **arrays):
+def write_arrays(path, save=np.savez_compressed, **arrays):
     def write(temporary):
         with open(temporary, "wb") as file:
-            np.savez_compressed(file, **arrays)
+            save(file, **arrays)
 
     write_whole(path, write)
 
@@ -633,18 +636,9 @@ def main(arguments=None):
     parser.add_argument("folder", nargs="?", default="keras_png_slices_data", help="the folder of slices (%(default)s)")
     parser.add_argument("--from", dest="source", metavar="FOLDER", help="make it, out of the OASIS-1 in this folder")
     options = parser.parse_args(arguments)
-    try:
-        if options.source is None:
-            load(options.folder)
-        else:
-            import_oasis(options.source, options.folder)
-    except UserError as error:
-        print(f"dataset.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("dataset.py: stopped", file=sys.stderr)
-        return 130
-    return 0
+    if options.source is None:
+        return exit_code("dataset.py", load, options.folder)
+    return exit_code("dataset.py", import_oasis, options.source, options.folder)
 
 
 if __name__ == "__main__":

@@ -672,32 +672,43 @@ class PixelCNN(SavesItsArguments, keras.Model):
             x = block(x, training=training)
         return self.logits(x)
 
-    def told_map(self, count, labels=None, scores=None, below=None, changes=None, training=False):
-        """All that is told of `count` slices, see the class, as one map: (B, h, w, filters)."""
+    def nothing_told(self, count):
+        """What stands for what is not known of `count` slices."""
+        return {
+            "labels": tf.fill((count,), -1),
+            "scores": tf.fill((count, self.num_scores), np.float32("nan")),
+            "below": tf.fill((count, *self.grid), -1),
+            "changes": tf.zeros((count, self.num_changes)),
+        }
 
-        def or_unknown(told, unknown, hidden_share, *shape):
-            told = tf.fill((count, *shape), unknown) if told is None else tf.convert_to_tensor(told)
+    def told_map(self, count, training=False, **told):
+        """All that is told of `count` slices, see the class, as one map: (B, h, w, filters)."""
+        unknown = self.nothing_told(count)
+        told = unknown | told
+
+        def seen(name, hidden_share):
             if not training:
-                return told
-            hidden = keras.random.uniform((count,) + (1,) * len(shape), seed=self.seeds) < hidden_share
-            return tf.where(hidden, unknown, told)
+                return told[name]
+            shape = [count] + [1] * (len(unknown[name].shape) - 1)
+            hidden = keras.random.uniform(shape, seed=self.seeds) < hidden_share
+            return tf.where(hidden, unknown[name], told[name])
 
         numbers = [tf.ones((count, int(self.learned_position)))]
         if self.num_labels:
-            numbers.append(tf.one_hot(or_unknown(labels, -1, LABELS_HIDDEN), self.num_labels))  # zeros for -1
+            numbers.append(tf.one_hot(seen("labels", LABELS_HIDDEN), self.num_labels))  # zeros for -1
         if self.num_scores:
-            scores = or_unknown(scores, np.float32("nan"), SCORES_HIDDEN, self.num_scores)
+            scores = seen("scores", SCORES_HIDDEN)
             if training:
                 scores += SCORE_NOISE * keras.random.normal(tf.shape(scores), seed=self.seeds)
             known = tf.math.is_finite(scores)
             numbers += [tf.where(known, scores, 0.0), tf.cast(known[:, :1], tf.float32)]
         if self.num_changes:
-            numbers.append(tf.zeros((count, self.num_changes)) if changes is None else changes)
-        told = tf.tensordot(tf.concat(numbers, axis=1), tf.convert_to_tensor(self.maps), 1)
+            numbers.append(told["changes"])
+        added = tf.tensordot(tf.concat(numbers, axis=1), tf.convert_to_tensor(self.maps), 1)
         if self.tell_below:
-            below = or_unknown(below, -1, BELOW_HIDDEN, *self.grid)
-            told += tf.where(below[..., None] < 0, 0.0, self.from_below(tf.maximum(below, 0)))
-        return told
+            below = seen("below", BELOW_HIDDEN)
+            added += tf.where(below[..., None] < 0, 0.0, self.from_below(tf.maximum(below, 0)))
+        return added
 
     def check(self, told, count):
         """Raise a ValueError where something told has a wrong shape, or is no label of this model."""
@@ -727,7 +738,7 @@ class PixelCNN(SavesItsArguments, keras.Model):
         """-ln p of every code given the earlier ones and what is told, see the class: float32 (B, h, w), nats."""
         told = {name: values for name, values in told.items() if values is not None}
         self.check(told, len(codes))
-        return in_batches(self.nll_batch, {"codes": codes, **told})
+        return in_batches(self.nll_batch, {"codes": codes, **self.nothing_told(len(codes)), **told})
 
     @tf.function(reduce_retracing=True)
     def nll_batch(self, inputs):

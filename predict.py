@@ -191,15 +191,15 @@ def level_error(asked, found):
     return np.abs(asked - found)[known].mean() if known.any() else None
 
 
-def measure_samples(novel, test, reconstructed, train, mirror, seed):
+def measure_samples(novel, test, reconstructed, train, components, mirror, seed):
     """The measures of novel slices; the nearest training slice of each, which may be mirrored, and their SSIM.
 
     Args:
         novel, test, train: `Measured`.
         reconstructed: images of the test slices.
+        components: principal components of the training slices.
         mirror: whether the models were shown mirrored training slices too.
     """
-    components = dataset.principal_components(train.images, min(COMPONENTS, len(train.images) - 1))
     of_novel, of_test, of_train = (dataset.project(slices.images, components) for slices in (novel, test, train))
     as_many = of_train[draw_of_labels(train.labels, novel.labels, seed)]
 
@@ -227,11 +227,12 @@ def measure_samples(novel, test, reconstructed, train, mirror, seed):
     return measures, shown[near_novel], novel_ssim
 
 
-def measure_heads(heads, pixelcnn, test, reconstructed, train, test_below):
+def measure_heads(heads, pixelcnn, test, reconstructed, train, components, test_below):
     """The measures of whole novel heads.
 
     Args:
         heads: images (N, L, 64, 64).
+        components: principal components of the training slices.
         test_below: index of the slice below each test slice, -1 where there is none.
     """
     upper = np.flatnonzero(test_below >= 0)
@@ -244,7 +245,6 @@ def measure_heads(heads, pixelcnn, test, reconstructed, train, test_below):
     def change(images):
         return np.abs(images[upper] - images[lower]).mean() if len(upper) else None
 
-    components = dataset.principal_components(train.images, WHOLE_SLICE.stop)
     of_heads, of_train = (dataset.project(images.reshape(-1, 64, 64), components) for images in (heads, train.images))
     return {
         "count": len(heads),
@@ -328,9 +328,9 @@ def draw_completions(path, vqvae, pixelcnn, test, kind, options):
     chosen, draws = evenly(8, len(test.images)), 3
     known = np.repeat(test.codes[chosen], draws, axis=0)
     known[:, known.shape[1] // 2 :] = -1
-    told = {"labels": np.repeat(test.labels[chosen], draws)}
-    if pixelcnn.num_scores:  # scores that are drawn would not be those of the upper half
-        told["scores"] = np.full((len(known), pixelcnn.num_scores), np.nan, np.float32)
+    # Scores that are drawn would not be those of the upper half.
+    unknown = np.full((len(known), pixelcnn.num_scores), np.nan, np.float32)
+    told = {"labels": np.repeat(test.labels[chosen], draws), "scores": unknown}
     drawn = pixelcnn.sample(len(known), options.seed, options.temperature, known=known, **told)
     completed = decode(vqvae, drawn).reshape(len(chosen), draws, *test.images.shape[1:])
     figure = Figure(figsize=(1.5 * len(chosen), 6.6))
@@ -461,8 +461,9 @@ def predict(options):
     train, test = (encode_split(splits[name], vqvae, pixelcnn.num_labels) for name in ("train", "test"))
     reconstructed = decode(vqvae, test.codes)
     novel, seconds = draw_novel(vqvae, pixelcnn, test.labels, options)
+    components = dataset.principal_components(train.images, min(COMPONENTS, len(train.images) - 1))
     measures, nearest, similarity = measure_samples(
-        novel, test, reconstructed, train, config["settings"]["mirror"], options.seed
+        novel, test, reconstructed, train, components, config["settings"]["mirror"], options.seed
     )
     report = {
         "data": {
@@ -496,7 +497,7 @@ def predict(options):
         codes = draw_heads(pixelcnn, options.heads, options.seed, options.temperature)
         heads = decode(vqvae, codes.reshape(-1, *pixelcnn.grid)).reshape(*codes.shape[:2], *test.images.shape[1:])
         below = dataset.slices_below(splits["test"])
-        report["heads"] = measure_heads(heads, pixelcnn, test, reconstructed, train, below)
+        report["heads"] = measure_heads(heads, pixelcnn, test, reconstructed, train, components, below)
         draw_head_cuts(run / "heads.png", heads, test, kind, options)
         dataset.write_arrays(run / "heads.npz", images=heads, codes=codes)
     dataset.write_json(run / "report.json", report)
@@ -661,16 +662,8 @@ def parse_arguments(arguments):
 
 def main(arguments=None):
     options = parse_arguments(arguments)
-    try:
-        print(modules.set_up_devices())
-        (predict if options.anomalies is None else find_anomalies)(options)
-    except dataset.UserError as error:
-        print(f"predict.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("predict.py: stopped; the same command starts again", file=sys.stderr)
-        return 130
-    return 0
+    print(modules.set_up_devices())
+    return dataset.exit_code("predict.py", predict if options.anomalies is None else find_anomalies, options)
 
 
 if __name__ == "__main__":

@@ -291,12 +291,7 @@ class Checkpoint(keras.callbacks.Callback):
         if self.saved == len(self.rows):
             return
         arrays = {f"{kind}{i}": value for kind in ("last", "best") for i, value in enumerate(getattr(self, kind))}
-
-        def write(path):
-            with open(path, "wb") as file:
-                np.savez(file, rows=json.dumps(self.rows), **arrays)
-
-        dataset.write_whole(self.stage.last, write)
+        dataset.write_arrays(self.stage.last, np.savez, rows=json.dumps(self.rows), **arrays)  # not compressed: faster
         write_history(self.stage.history, self.rows)
         self.saved, self.saved_at = len(self.rows), time.time()
 
@@ -527,8 +522,9 @@ def encode_variants(vqvae, train, num_scores, settings):
     Returns: codes, the smallest integers that hold K, (N, V, h, w); standardised principal scores of each,
         float32 (N, V, num_scores); the changes of each, float32 (N, V, 6), see `dataset.augment`.
     """
-    components = dataset.principal_components(dataset.to_float(train.images), num_scores)
-    scale = dataset.project(dataset.to_float(train.images), components).std(axis=0)
+    images = dataset.to_float(train.images)
+    components = dataset.principal_components(images, num_scores)
+    scale = dataset.project(images, components).std(axis=0)
     heads, unchanged = dataset.heads_of(train), dataset.shown_variants(train.images, settings.mirror)
     variants = []
 
@@ -568,24 +564,21 @@ def prepare_run(settings, options):
     return splits
 
 
+def train(settings, options):
+    """Both models of a run, from where an earlier call was stopped."""
+    splits = prepare_run(settings, options)
+    print(json.dumps(dataclasses.asdict(settings), indent=2))
+    vqvae = fit_vqvae(options.run, settings, splits["train"], splits["validate"])
+    fit_pixelcnn(options.run, settings, vqvae, splits["train"], splits["validate"])
+    print(f"done: now run python predict.py --run {shlex.quote(str(options.run))}")
+
+
 def main(arguments=None):
     settings, options = parse_arguments(arguments)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the last epoch is saved
-    try:
-        print(modules.set_up_devices())
-        splits = prepare_run(settings, options)
-        print(json.dumps(dataclasses.asdict(settings), indent=2))
-        vqvae = fit_vqvae(options.run, settings, splits["train"], splits["validate"])
-        fit_pixelcnn(options.run, settings, vqvae, splits["train"], splits["validate"])
-    except dataset.UserError as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("train.py: stopped; the same command goes on where it was", file=sys.stderr)
-        return 130
-    print(f"done: now run python predict.py --run {shlex.quote(str(options.run))}")
-    return 0
+    print(modules.set_up_devices())
+    return dataset.exit_code("train.py", train, settings, options)
 
 
 if __name__ == "__main__":

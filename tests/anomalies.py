@@ -189,16 +189,17 @@ def print_intervals(name, resampled):
     print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
 
 
-def main(arguments=None):
+def parse_arguments(arguments):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--data", help="folder of the slices (default: where the run was trained)")
     parser.add_argument("--run", default="runs/oasis", help="folder that train.py filled (default: %(default)s)")
     parser.add_argument("--split", choices=("validate", "test"), default="test")
     parser.add_argument("--slices", type=int, default=160, metavar="N", help="evenly spaced (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the changes (default: %(default)s)")
-    options = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
 
-    print(modules.set_up_devices())
+
+def measure(options):
     config, vqvae, pixelcnn = predict.load_run(pathlib.Path(options.run))
     splits = ("test",) if options.split == "test" else ("train", "validate")  # train, to hold out of it where need be
     split = dataset.load(options.data or config["data"]["folder"], splits)[options.split]
@@ -240,9 +241,11 @@ def main(arguments=None):
     print_intervals("mean", np.mean(list(resampled.values())[:-1], axis=0))
 
 
+def main(arguments=None):
+    options = parse_arguments(arguments)
+    print(modules.set_up_devices())
+    return dataset.exit_code("anomalies.py", measure, options)
+
+
 if __name__ == "__main__":
-    try:
-        main()
-    except dataset.UserError as error:
-        print(f"anomalies.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(main())

@@ -10,7 +10,9 @@ import sys
 
 import pytest
 
-os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # before TensorFlow is imported, here and in the processes of the tests
+# Before TensorFlow is imported, here and in the processes of the tests.
+os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
+os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # what XLA compiles runs once or twice
 
 import dataset
 

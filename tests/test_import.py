@@ -176,10 +176,13 @@ def test_what_else_is_refused(arrays, tmp_path, capsys, monkeypatch):
     write(oasis, 0, 0 * arrays[0], 3)
     refused("OAS1_0003", "no brain in it")
     write(oasis, 0, arrays[0], 3)
-    refused("cannot be written", target=tmp_path / "no" / "such" / "parent")
+    (tmp_path / "file").write_text("no folder")
+    refused("cannot be written", target=tmp_path / "file" / "slices")
+    (tmp_path / "file").unlink()
     with monkeypatch.context() as stopped:
         stopped.setattr(dataset, "head_slices", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
         assert dataset.main(["--from", str(oasis), str(target)]) == 130
-    assert capsys.readouterr().err == "dataset.py: stopped\n" and list(tmp_path.iterdir()) == [oasis]
+    assert capsys.readouterr().err == "dataset.py: stopped; give the same command again\n"
+    assert list(tmp_path.iterdir()) == [oasis]
     target.mkdir()
     refused(f"{target} exists", "delete it")
