@@ -15,6 +15,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
 os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # what XLA compiles runs once or twice
 
 import dataset
+import train
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 # Small enough for seconds on a CPU, and every part of the default networks is in it.
@@ -40,17 +41,10 @@ def run_script(script, *arguments, **options):
 
 
 @pytest.fixture(scope="session")
-def finished_processes(phantoms, tmp_path_factory):
-    """The folder of a tiny run, and the processes that trained and measured it."""
+def finished_run(phantoms, tmp_path_factory):
+    """The folder of a tiny run, trained and measured. Not to be changed by a test: copy it."""
     run = tmp_path_factory.mktemp("runs") / "a tiny run"
-    trained = run_script("train.py", "--data", phantoms, "--run", run, *TINY)
-    assert trained.returncode == 0, trained.stderr
+    assert train.main(["--data", str(phantoms), "--run", str(run), *TINY]) == 0
     predicted = run_script("predict.py", "--run", run, "--complete")
     assert predicted.returncode == 0, predicted.stderr
-    return run, trained, predicted
-
-
-@pytest.fixture(scope="session")
-def finished_run(finished_processes):
-    """The folder of a tiny run, trained and measured. Not to be changed by a test: copy it."""
-    return finished_processes[0]
+    return run

