@@ -401,6 +401,18 @@ def load_data(options, config, splits):
     return loaded, found, not others
 
 
+def describe_data(options, config, found, as_trained):
+    """The data of a report: found, of `dataset.fingerprint`."""
+    return {
+        "folder": str(pathlib.Path(options.data or config["data"]["folder"]).resolve()),
+        **{f"{name}_images": split["images"] for name, split in found.items()},
+        "test_subjects": found["test"]["subjects"],
+        "phantom": config["data"]["phantom"],
+        "sha256": {name: split["sha256"] for name, split in found.items()},
+        "as_trained": as_trained,
+    }
+
+
 def check_asked(options, pixelcnn):
     """Refuse what this run cannot draw, before anything is read."""
     if options.slice and not pixelcnn.num_labels:
@@ -466,14 +478,7 @@ def predict(options):
         novel, test, reconstructed, train, components, config["settings"]["mirror"], options.seed
     )
     report = {
-        "data": {
-            "folder": str(pathlib.Path(options.data or config["data"]["folder"]).resolve()),
-            **{f"{name}_images": found[name]["images"] for name in splits},
-            "test_subjects": found["test"]["subjects"],
-            "phantom": config["data"]["phantom"],
-            "sha256": {name: found[name]["sha256"] for name in splits},
-            "as_trained": as_trained,
-        },
+        "data": describe_data(options, config, found, as_trained),
         "reconstruction": measure_reconstructions(test, reconstructed),
         "codebook": measure_codebook(pixelcnn.num_embeddings, test.codes, train.codes),
         "prior": measure_prior(pixelcnn, test, train),
