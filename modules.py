@@ -962,7 +962,7 @@ class AnomalyDetector:
         known = np.where(nats > self.redraw_above, -1, self.vqvae.encode(images))
         known, labels = (np.repeat(values, self.RESTORATIONS, axis=0) for values in (known, labels))
         streams = np.tile(np.arange(self.RESTORATIONS), len(images))
-        told = {"labels": labels, "scores": np.full((len(labels), self.pixelcnn.num_scores), np.nan, np.float32)}
+        told = {"labels": labels, "scores": self.pixelcnn.nothing_told(len(labels))["scores"]}
         restored = self.vqvae.decode(self.pixelcnn.sample(len(known), seed, known=known, streams=streams, **told))
         return tf.reduce_mean(tf.reshape(restored, (len(images), self.RESTORATIONS, *images.shape[1:])), axis=1)
 

@@ -329,8 +329,7 @@ def draw_completions(path, vqvae, pixelcnn, test, kind, options):
     known = np.repeat(test.codes[chosen], draws, axis=0)
     known[:, known.shape[1] // 2 :] = -1
     # Scores that are drawn would not be those of the upper half.
-    unknown = np.full((len(known), pixelcnn.num_scores), np.nan, np.float32)
-    told = {"labels": np.repeat(test.labels[chosen], draws), "scores": unknown}
+    told = {"labels": np.repeat(test.labels[chosen], draws), "scores": pixelcnn.nothing_told(len(known))["scores"]}
     drawn = pixelcnn.sample(len(known), options.seed, options.temperature, known=known, **told)
     completed = decode(vqvae, drawn).reshape(len(chosen), draws, *test.images.shape[1:])
     figure = Figure(figsize=(1.5 * len(chosen), 6.6))
