@@ -423,14 +423,27 @@ def slices_below(slices):
 
 
 def principal_components(images, count):
-    """Mean (P,) and the leading principal components (P, count) of the P pixels, the first one first."""
+    """Mean (P,) and the leading principal components (P, count) of the P pixels, the first one first.
+
+    The largest entry of each is positive, so that they have the same signs on every machine.
+    """
     pixels = images.reshape(len(images), -1)
+    mean = pixels.mean(axis=0)
     if not count:
-        return pixels.mean(axis=0), np.zeros((pixels.shape[1], 0))
-    last = pixels.shape[1] - 1
-    covariance = np.cov(pixels.astype(np.float32), rowvar=False, dtype=np.float32)
-    axes = scipy.linalg.eigh(covariance, subset_by_index=[last - count + 1, last])[1]
-    return pixels.mean(axis=0), axes[:, ::-1]
+        return mean, np.zeros((len(mean), 0))
+    centred = (pixels - mean).astype(np.float32)
+    few = len(pixels) < len(mean)  # slices, so that their products with one another are the smaller matrix
+    products = centred @ centred.T if few else centred.T @ centred
+    vectors = scipy.linalg.eigh(products, subset_by_index=[len(products) - count, len(products) - 1])[1][:, ::-1]
+    axes = centred.T @ vectors if few else vectors
+    axes /= np.linalg.norm(axes, axis=0)
+    return mean, axes * np.sign(axes[np.abs(axes).argmax(axis=0), range(count)])
+
+
+def standardised_components(images, count):
+    """`principal_components`, in which the scores of these images have a standard deviation of 1."""
+    mean, axes = principal_components(images, count)
+    return mean, axes / project(images, (mean, axes)).std(axis=0)
 
 
 def project(images, components):

@@ -876,7 +876,8 @@ class AnomalyDetector:
     """How unexpected each code and each pixel of a slice is, given the two networks of a run.
 
     Three terms are strong on different changes; each is smoothed by a Gaussian:
-        surprise: -ln p of the codes [8]. Sees grey values in the wrong place, is blind to what no code expresses.
+        surprise: -ln p of the codes [8], the slice's own scores told. Sees grey values in the wrong place, is blind to
+            what no code expresses.
         residual: of the reconstruction. Sees texture that no code expresses, and little else.
         level: z-score of the pixels among the training slices of the same number.
 
@@ -888,6 +889,7 @@ class AnomalyDetector:
         vqvae, pixelcnn: the models.
         train, validate: pairs of images, float32 (N, H, W, 1) in [0, 1], and labels, int32 (N,), -1 where not known.
         mirror: whether the prior has seen mirrored slices; then surprise is the mean of both raster orders.
+        scores_of: images -> the scores that the prior is told of them, (N, num_scores).
     """
 
     SMOOTHING = 2  # pixels, standard deviation
@@ -897,8 +899,8 @@ class AnomalyDetector:
     REDRAWN = 90  # percentile of the validation slices' nats above which a restoration draws a code anew
     RESTORATIONS = 8
 
-    def __init__(self, vqvae, pixelcnn, train, validate, mirror):
-        self.vqvae, self.pixelcnn, self.mirror = vqvae, pixelcnn, mirror
+    def __init__(self, vqvae, pixelcnn, train, validate, mirror, scores_of):
+        self.vqvae, self.pixelcnn, self.mirror, self.scores_of = vqvae, pixelcnn, mirror, scores_of
         images, labels = train
         levels = [images[labels == label] for label in range(pixelcnn.num_labels)]
         levels = [level if len(level) else images for level in levels] + [images]  # the last is for -1
@@ -910,16 +912,18 @@ class AnomalyDetector:
         self.tails = {name: self.tail(values) for name, values in terms.items()}
         self.normal_scores = np.sort(self.score(self.combine(terms)))
 
+    def nats(self, images, labels):
+        """-ln p of the codes: (N, h, w)."""
+        return self.pixelcnn.nll(self.vqvae.encode(images), labels=labels, scores=self.scores_of(images)).numpy()
+
     def measure(self, images, labels):
         """Nats of the codes (N, h, w), and the terms of the map, {name: float32 (N, H, W)}."""
-        codes = self.vqvae.encode(images)
-        nats = both = self.pixelcnn.nll(codes, labels=labels).numpy()
+        nats = both = self.nats(images, labels)
         if self.mirror:  # what comes last in one raster order comes first in the other
-            mirrored = self.pixelcnn.nll(self.vqvae.encode(images[:, ::-1]), labels=labels).numpy()
-            both = (nats + mirrored[:, ::-1]) / 2
+            both = (nats + self.nats(images[:, ::-1], labels)[:, ::-1]) / 2
         terms = {
             "surprise": tf.image.resize(both[..., None], images.shape[1:3]).numpy(),
-            "residual": np.abs(images - self.vqvae.decode(codes)),
+            "residual": np.abs(images - self.vqvae.decode(self.vqvae.encode(images))),
             "level": np.abs(images - self.mean[labels]) / self.spread[labels],
         }
         smoothed = {
@@ -951,10 +955,9 @@ class AnomalyDetector:
         """The labels, where one is not known that under which the codes are likeliest: int32 (N,)."""
         labels, unknown = np.array(labels, np.int32), np.flatnonzero(np.asarray(labels) < 0)
         if len(unknown) and self.pixelcnn.num_labels:
-            codes = self.vqvae.encode(images[unknown])
-            candidates = range(self.pixelcnn.num_labels)
-            nats = [self.pixelcnn.nll(codes, labels=np.full(len(codes), label, np.int32)) for label in candidates]
-            labels[unknown] = np.argmin(np.mean(nats, axis=(2, 3)), axis=0)
+            candidates = np.arange(self.pixelcnn.num_labels, dtype=np.int32)
+            nats = [self.nats(images[unknown], np.full(len(unknown), label)).mean(axis=(1, 2)) for label in candidates]
+            labels[unknown] = np.argmin(nats, axis=0)
         return labels
 
     def restore(self, images, labels, nats, seed):

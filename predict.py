@@ -594,7 +594,12 @@ def make_detector(options, config, vqvae, pixelcnn):
         (dataset.to_float(splits[name].images), splits[name].known_labels(pixelcnn.num_labels))
         for name in ("train", "validate")
     )
-    return modules.AnomalyDetector(vqvae, pixelcnn, train, validate, config["settings"]["mirror"])
+    components = dataset.standardised_components(train[0], pixelcnn.num_scores)
+
+    def scores_of(images):
+        return dataset.project(images, components).astype(np.float32)
+
+    return modules.AnomalyDetector(vqvae, pixelcnn, train, validate, config["settings"]["mirror"], scores_of)
 
 
 def find_anomalies(options):

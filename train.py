@@ -522,16 +522,14 @@ def encode_variants(vqvae, train, num_scores, settings):
     Returns: codes, the smallest integers that hold K, (N, V, h, w); standardised principal scores of each,
         float32 (N, V, num_scores); the changes of each, float32 (N, V, 6), see `dataset.augment`.
     """
-    images = dataset.to_float(train.images)
-    components = dataset.principal_components(images, num_scores)
-    scale = dataset.project(images, components).std(axis=0)
+    components = dataset.standardised_components(dataset.to_float(train.images), num_scores)
     heads, unchanged = dataset.heads_of(train), dataset.shown_variants(train.images, settings.mirror)
     variants = []
 
     def show(pictures, changes):
         images = dataset.to_float(pictures)
         codes = vqvae.encode(images).numpy().astype(np.min_scalar_type(vqvae.num_embeddings - 1))
-        variants.append((codes, (dataset.project(images, components) / scale).astype(np.float32), changes))
+        variants.append((codes, dataset.project(images, components).astype(np.float32), changes))
 
     for pictures in unchanged:
         show(pictures, np.zeros((len(pictures), dataset.NUM_CHANGES), np.float32))

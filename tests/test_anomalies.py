@@ -136,12 +136,22 @@ def test_a_slice_without_a_number_gets_the_likeliest(detector, slices):
     found = detector.likeliest(images, told)
     np.testing.assert_array_equal(found[1::2], labels[1::2])
     assert (found >= 0).all() and np.abs(found - labels)[::2].mean() < 5  # at random about 11
-    codes = detector.vqvae.encode(images)
-    nats, true, wrong = (
-        detector.pixelcnn.nll(codes, labels=of.astype(np.int32)).numpy().mean(axis=(1, 2))
-        for of in (found, labels, (found + 16) % 32)
-    )
+    nats, true, wrong = (detector.nats(images, of).mean(axis=(1, 2)) for of in (found, labels, (found + 16) % 32))
     assert (nats <= true + 1e-5).all() and true.mean() < 0.99 * wrong.mean()
+
+
+def test_the_prior_is_told_the_scores_that_it_knows_from_training(finished_run, slices):
+    config, vqvae, pixelcnn = predict.load_run(finished_run)
+    detector = predict.make_detector(predict.parse_arguments(["--anomalies", "x"]), config, vqvae, pixelcnn)
+    shown = dataset.load(config["data"]["folder"], ("train",))["train"]
+    settings = train.Settings(augmentations=0, mirror=False)
+    scores = train.encode_variants(vqvae, shown, pixelcnn.num_scores, settings)[1][:, 0]
+    np.testing.assert_allclose(detector.scores_of(dataset.to_float(shown.images)), scores, rtol=1e-4, atol=1e-4)
+    images, labels = slices
+    nats = detector.nats(images, labels)
+    told = {"labels": labels, "scores": detector.scores_of(images)}
+    np.testing.assert_allclose(nats, pixelcnn.nll(vqvae.encode(images), **told), rtol=1e-5)
+    assert not np.allclose(nats, pixelcnn.nll(vqvae.encode(images), labels=labels))  # control
 
 
 def test_the_map_is_the_root_of_the_squared_logarithms_of_shares(detector, monkeypatch):

@@ -312,15 +312,20 @@ def test_no_change_changes_nothing_and_growth_is_of_lengths():
     assert changed(disc(), 0, 0, 0, 0.5, 0).sum() / disc().sum() == pytest.approx(1.5**2, rel=0.01)
 
 
-def test_principal_components_are_those_of_the_singular_values():
-    images = np.random.default_rng(0).normal(size=(30, 4, 5, 1)).astype("float32") * np.arange(1, 6)[:, None]
+@pytest.mark.parametrize("count", [12, 30])
+def test_principal_components_are_those_of_the_singular_values(count):
+    """Of fewer slices than their 20 pixels, and of more."""
+    images = np.random.default_rng(0).normal(size=(count, 4, 5, 1)).astype("float32") * np.arange(1, 6)[:, None]
     mean, axes = dataset.principal_components(images, 3)
-    flat = images.reshape(30, 20)
+    flat = images.reshape(count, 20)
     exact = np.linalg.svd(flat - flat.mean(axis=0))[2][:3].T
     np.testing.assert_allclose(np.abs(axes.T @ exact), np.eye(3), atol=1e-3)
+    assert (axes.max(axis=0) == np.abs(axes).max(axis=0)).all()
     scores = dataset.project(images, (mean, axes))
     np.testing.assert_allclose(scores, (flat - flat.mean(axis=0)) @ axes, atol=1e-4)
-    assert (np.diff(scores.var(axis=0)) < 0).all() and dataset.project(images, (mean, axes[:, :0])).shape == (30, 0)
+    assert (np.diff(scores.var(axis=0)) < 0).all() and dataset.project(images, (mean, axes[:, :0])).shape == (count, 0)
+    standardised = dataset.project(images, dataset.standardised_components(images, 3))
+    np.testing.assert_allclose(standardised, scores / scores.std(axis=0), rtol=1e-6)
 
 
 def numbered_batches(examples=12, seed=3, epochs=range(4)):
