@@ -18,10 +18,11 @@ with --from it makes such a folder out of OASIS-1, unpacked into FOLDER:
 
 import argparse
 import contextlib
+import csv
 import dataclasses
 import hashlib
+import itertools
 import json
-import math
 import os
 import pathlib
 import re
@@ -78,17 +79,11 @@ def to_float(images):
 def find_data(folder):
     """The folder that holds keras_png_slices_train: `folder` itself, or one inside it."""
     folder = pathlib.Path(folder)
-    if not folder.is_dir():
-        raise UserError(
-            f"--data {folder}: no such folder; name the unzipped keras_png_slices_data (or try python train.py --demo)"
-        )
-    for candidate in [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]:
+    for candidate in [folder, *sorted(folder.glob("*"))]:
         if (candidate / "keras_png_slices_train").is_dir():
             return candidate
-    raise UserError(
-        f"--data {folder}: no folder keras_png_slices_train in it, nor one level down; "
-        "name the unzipped keras_png_slices_data"
-    )
+    problem = "no folder keras_png_slices_train in it, nor one level down" if folder.is_dir() else "no such folder"
+    raise UserError(f"{folder}: {problem}; name the unzipped keras_png_slices_data (or try train.py --demo)")
 
 
 def parse_name(name):
@@ -131,24 +126,17 @@ def is_broken(path):
     return False
 
 
-def read_images(paths, label):
+def read_images(paths, name):
     """Decode files in parallel: list of paths -> uint8 (N, 64, 64). Every broken file is reported."""
-    images = np.empty((len(paths), IMAGE_SIZE, IMAGE_SIZE), np.uint8)
+    print(f"{name}: reading {len(paths)} slices")
     decoded = tf.data.Dataset.from_tensor_slices([os.fsencode(path) for path in paths])
     decoded = decoded.map(read_slice, num_parallel_calls=tf.data.AUTOTUNE).batch(256).prefetch(2)
-    print(f"{label}: reading {len(paths)} slices")
-    progress = progress_bar(len(paths), "slice")
-    done = 0
     try:
-        for batch in decoded.as_numpy_iterator():
-            images[done : done + len(batch)] = batch
-            done += len(batch)
-            progress.update(done)
+        return np.concatenate([batch.numpy() for batch in progress(decoded, "batch")])
     except tf.errors.OpError:
         broken = [path for path in paths if is_broken(path)]
         names = ", ".join(str(path) for path in broken[:10])
         raise UserError(f"{len(broken)} unreadable image file(s), restore or delete them: {names}") from None
-    return images
 
 
 def load_split(folder, label):
@@ -161,8 +149,7 @@ def load_split(folder, label):
 def load(folder, splits=SPLITS):
     """Read the splits of the data in `folder`, or one level down: {name: Slices}.
 
-    Without a validate folder, every tenth subject of train is held out for it. Raises UserError
-    for missing folders, broken files, and a subject that is in two splits.
+    Without a validate folder, the last tenth of train's subjects is held out for it.
     """
     root = find_data(folder)
     loaded = {}
@@ -171,15 +158,14 @@ def load(folder, splits=SPLITS):
         if split_folder.is_dir():
             loaded[name] = load_split(split_folder, name)
         elif name != "validate":
-            raise UserError(f"--data {root}: no folder {split_folder.name} in it; unzip the data again")
+            raise UserError(f"{root}: no folder {split_folder.name} in it; unzip the data again")
 
-    refuse_shared_subjects(loaded)
+    for one, other in itertools.combinations(loaded, 2):
+        if shared := {*loaded[one].cases} & {*loaded[other].cases} - {-1}:
+            raise UserError(f"case_{min(shared):03d} is in both {one} and {other}: remove it from one")
     if any(split.subjects is None for split in loaded.values()):
-        warnings.warn(
-            "some files are not named case_N_slice_M: subjects cannot be told apart, "
-            "so nobody can check that none is in two splits",
-            stacklevel=2,
-        )
+        message = "some files are not named case_N_slice_M: subjects cannot be told apart, nor leaks found"
+        warnings.warn(message, stacklevel=2)
     if "validate" in splits and "validate" not in loaded:
         loaded["train"], loaded["validate"] = hold_out(loaded["train"])
     for name, split in loaded.items():
@@ -189,21 +175,11 @@ def load(folder, splits=SPLITS):
     return loaded
 
 
-def refuse_shared_subjects(loaded):
-    first_split = {}
-    for name, split in loaded.items():
-        for case in np.unique(split.cases[split.cases >= 0]):
-            if first_split.setdefault(case, name) != name:
-                raise UserError(f"case_{case:03d} is in both {first_split[case]} and {name}: remove it from one")
-
-
 def hold_out(train):
-    """Split train into (train, validate) by whole subjects, or by its last tenth where names do not tell."""
-    if train.subjects:
-        cases = np.unique(train.cases)
-        held_out = np.isin(train.cases, cases[HELD_OUT - 1 :: HELD_OUT] if len(cases) >= HELD_OUT else cases[-1:])
-    else:
-        held_out = np.arange(len(train.images)) >= len(train.images) * (HELD_OUT - 1) // HELD_OUT
+    """Split train into (train, validate) by whole subjects, or by slices where names do not tell: about a tenth."""
+    heads = heads_of(train)
+    count = heads.max() + 1
+    held_out = heads >= count - max(1, count // HELD_OUT)
     if held_out.all():
         raise UserError("only one subject in train and no validate folder: nothing left to train on; add subjects")
     return train[~held_out], train[held_out]
@@ -225,16 +201,13 @@ def write_data(folder, splits, head):
     """Write a new folder of slices, which appears complete or not at all: {split: cases}, case -> uint8 (L, H, W)."""
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-    progress = progress_bar(sum(map(len, splits.values())), "head")
+    heads = [(split, case) for split, cases in splits.items() for case in cases]
     try:
         with told_if_it_fails(folder):
-            for split, cases in splits.items():
-                (partial / f"keras_png_slices_{split}").mkdir(parents=True)
-                for case in cases:
-                    for index, picture in enumerate(head(case)):
-                        path = partial / f"keras_png_slices_{split}" / f"case_{case:03d}_slice_{index}.nii.png"
-                        tf.io.write_file(str(path), tf.io.encode_png(picture[..., None]))
-                    progress.add(1)
+            for split, case in progress(heads, "head"):
+                for index, picture in enumerate(head(case)):
+                    path = partial / f"keras_png_slices_{split}" / f"case_{case:03d}_slice_{index}.nii.png"
+                    tf.io.write_file(str(path), tf.io.encode_png(picture[..., None]))  # makes the folders too
             partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -258,9 +231,7 @@ class Source:
     size: tuple[int, int]  # what a slice is scaled to, before it is centred in 256 x 256 pixels
 
 
-# Of the documentation: names, shapes, axes. No file of the three was at hand. Tried: made-up ones; and the one public
-# slice of the course set, which has a pixel a mm. Enlarged by 256/208 it lies, right and left too, as those slices do
-# that this project was measured on, and is most like the second lowest of a head's 32.
+# Names, shapes and axes are of the documentation; no file of the three was at hand (see README.md).
 #   Discs: 1 mm voxels in Talairach space; left-right, posterior to anterior, inferior to superior. The levels are
 #     estimated: midbrain to the roof of the lateral ventricles. The size is 256/208 pixels a mm.
 #   neurite-oasis: 1 mm voxels in FreeSurfer's Talairach space; right to left, superior to inferior, posterior to
@@ -301,11 +272,13 @@ def find_heads(folder):
                 scan = scans.setdefault((numbers["case"], numbers["visit"], numbers["scan"]), {})
                 scan.setdefault(numbers["level"], path)
         if scans:
-            first = {scan[0]: scans[scan] for scan in sorted(scans, reverse=True)}
+            first = {}  # of each case the first visit, and of that the first scan
+            for (case, _, _), files in sorted(scans.items()):
+                first.setdefault(case, files)
             visits = len({scan[:2] for scan in scans})
             print(f"{folder}: {len(first)} heads of {source.name}; left out: {visits - len(first)} second visits, "
                   f"{len(scans) - visits} repeated scans")  # fmt: skip
-            return source, dict(sorted(first.items()))
+            return source, first
     examples = ", or ".join(f"{source.example} ({source.name})" for source in SOURCES)
     raise UserError(f"--from {folder}: nothing known in it; unpack OASIS-1 there. Looked for files such as {examples}")
 
@@ -416,10 +389,9 @@ def heads_of(slices):
 
 
 def slices_below(slices):
-    """Index of the slice below in the same head, -1 where there is none: int32 (N,)."""
-    places = {place: i for i, place in enumerate(zip(slices.cases.tolist(), slices.labels.tolist())) if place[0] >= 0}
-    below = [places.get((case, label - 1), -1) for case, label in zip(slices.cases.tolist(), slices.labels.tolist())]
-    return np.array(below, np.int32)
+    """Index of the slice below in the same head, which is the one before, or -1 where there is none: int32 (N,)."""
+    follows = (np.diff(slices.cases, prepend=-1) == 0) & (np.diff(slices.labels, prepend=-1) == 1)
+    return np.where(follows, np.arange(len(follows)) - 1, -1).astype(np.int32)
 
 
 def principal_components(images, count):
@@ -431,8 +403,8 @@ def principal_components(images, count):
     mean = pixels.mean(axis=0)
     if not count:
         return mean, np.zeros((len(mean), 0))
-    centred = (pixels - mean).astype(np.float32)
     few = len(pixels) < len(mean)  # slices, so that their products with one another are the smaller matrix
+    centred = (pixels - mean).astype(np.float64 if few else np.float32)
     products = centred @ centred.T if few else centred.T @ centred
     vectors = scipy.linalg.eigh(products, subset_by_index=[len(products) - count, len(products) - 1])[1][:, ::-1]
     axes = centred.T @ vectors if few else vectors
@@ -457,8 +429,6 @@ def shuffled_batches(examples, variants, batch_size, seed, epochs):
 
     An epoch visits every example once, in a new order, as one of its variants at random. The last
     examples % batch_size of an epoch's order wait for the next.
-
-    Args: number of examples, at least batch_size; of variants of each; batch size; seed; range of epoch numbers.
     """
 
     def one_epoch(epoch):
@@ -574,24 +544,22 @@ def write_whole(path, write):
 
 def write_json(path, content):
     """Strict JSON: what is not a finite number becomes null."""
-
-    def strict(value):
-        if isinstance(value, dict):
-            return {key: strict(part) for key, part in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [strict(part) for part in value]
-        if isinstance(value, (float, np.floating)):
-            return float(value) if math.isfinite(value) else None
-        return value
-
-    text = json.dumps(strict(content), indent=2, allow_nan=False) + "\n"
+    text = json.dumps(content, default=float)  # NumPy's float32
+    content = json.loads(text, parse_constant=lambda name: None)  # NaN and Infinity
+    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
     write_whole(path, lambda temporary: temporary.write_text(text))
 
 
 def write_arrays(path, save=np.savez_compressed, **arrays):
+    write_whole(path, lambda temporary: save(temporary, **arrays))
+
+
+def write_table(path, header, rows):
+    """A CSV file."""
+
     def write(temporary):
-        with open(temporary, "wb") as file:
-            save(file, **arrays)
+        with open(temporary, "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([header, *rows])
 
     write_whole(path, write)
 
@@ -601,12 +569,10 @@ def read_config(run):
     path = run / "config.json"
     if not path.exists():
         return None
-    try:
+    with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
         config = json.loads(path.read_text())
         if {"settings", "data", "versions", "finished"} <= config.keys() and "scores" in config["settings"]:
             return config
-    except (OSError, ValueError, TypeError, AttributeError):
-        pass
     raise UserError(
         f"{path} is broken, or of an earlier version: choose another --run, or delete {shlex.quote(str(run))}"
     )
@@ -640,8 +606,12 @@ def progress_verbosity():
     return 1 if sys.stdout.isatty() else 2
 
 
-def progress_bar(total, unit):
-    return keras.utils.Progbar(total, unit_name=unit, verbose=progress_verbosity())
+def progress(items, unit):
+    """The items one by one, with a bar that moves when one is done with."""
+    bar = keras.utils.Progbar(len(items), unit_name=unit, verbose=progress_verbosity())
+    for item in items:
+        yield item
+        bar.add(1)
 
 
 def main(arguments=None):

@@ -26,7 +26,7 @@ import numpy as np
 import tensorflow as tf
 import tensorflow_probability as tfp
 from keras import layers
-from scipy import ndimage
+from scipy import linalg, ndimage, signal
 
 
 def set_up_devices():
@@ -51,19 +51,22 @@ register = keras.saving.register_keras_serializable(package="oasis")
 
 
 class SavesItsArguments:
-    """`get_config` for a Keras object that keeps every argument of its constructor under the argument's name."""
+    """`get_config` of a model that keeps every argument of its constructor under the argument's name.
+
+    (Keras does this for layers, not for models.)
+    """
 
     def get_config(self):
         names = list(inspect.signature(type(self).__init__).parameters)[1:-1]  # without self and **kwargs
         return {**super().get_config(), **{name: getattr(self, name) for name in names}}
 
 
-def in_batches(function, inputs, batch_size=256):
+def in_batches(function, inputs):
     """function(inputs), a batch at a time, so that the memory it takes does not grow with N.
 
     Args: inputs, an array (N, ...) or a dictionary of such. Returns: tensor (N, ...).
     """
-    batches = tf.data.Dataset.from_tensor_slices(inputs).batch(batch_size)
+    batches = tf.data.Dataset.from_tensor_slices(inputs).batch(256)
     return tf.concat([function(batch) for batch in batches], axis=0)
 
 
@@ -77,8 +80,7 @@ def histogram(codes, num_embeddings):
     return tf.math.unsorted_segment_sum(tf.ones(tf.shape(codes)), codes, num_embeddings)
 
 
-@register
-class CodebookUsage(SavesItsArguments, keras.metrics.Metric):
+class CodebookUsage(keras.metrics.Metric):
     """Perplexity exp(H) of the code histogram, and the number of codes used, over a whole epoch.
 
     The perplexity of a single batch depends on the batch size; this one counts until it is reset.
@@ -102,7 +104,7 @@ class CodebookUsage(SavesItsArguments, keras.metrics.Metric):
 
 
 @register
-class VectorQuantizer(SavesItsArguments, layers.Layer):
+class VectorQuantizer(layers.Layer):
     """Replaces each latent vector by the nearest vector of a learned codebook [1, section 3.1].
 
     The gradient passes straight through; `losses` holds the commitment term, and the codebook
@@ -245,9 +247,8 @@ def ssim(images, others):
     The same as tf.image.ssim, whose depthwise convolutions take three quarters of a training step on a CPU: here the
     11x11 Gaussian window is two products with a band matrix.
     """
-    size, window = images.shape[1], np.exp(-0.5 * (np.arange(-5, 6) / 1.5) ** 2)
-    band = sum(weight * np.eye(size - 10, size, offset) for offset, weight in enumerate(window / window.sum()))
-    band = tf.constant(band, tf.float32)  # (H - 10, H)
+    window = signal.windows.gaussian(11, 1.5)
+    band = linalg.convolution_matrix(window / window.sum(), images.shape[1] - 10).T.astype("float32")  # (H - 10, H)
 
     def blur(maps):
         return tf.matmul(band, tf.matmul(maps, band, transpose_b=True))
@@ -311,11 +312,7 @@ class VQVAE(SavesItsArguments, keras.Model):
             name: keras.metrics.Mean(name=name)
             for name in ["reconstruction_loss", "quantizer_loss"] + ["ssim_loss"] * bool(ssim_weight)
         }
-        self.build((None, image_size, image_size, 1))
-
-    def build(self, images_shape):
-        if not self.quantizer.built:
-            self.quantizer.build(self.decoder.input_shape)
+        self.quantizer.build(self.decoder.input_shape)
         self.built = True
 
     def call(self, images, training=False):
@@ -355,13 +352,8 @@ class VQVAE(SavesItsArguments, keras.Model):
 # --------------------------------------------------------------------------------------
 
 
-def visible_taps(kernel_size, mask_type):
-    """Number of kernel entries that a mask leaves: the rows above, the entries to the left, B's own."""
-    return kernel_size * (kernel_size // 2) + kernel_size // 2 + (mask_type == "B")
-
-
 @register
-class MaskedConv2D(SavesItsArguments, layers.Layer):
+class MaskedConv2D(layers.Layer):
     """Convolution that sees only earlier positions in raster order [2, section 3.4].
 
     A 3x3 mask of each type; A hides the position itself, B shows it:
@@ -393,14 +385,11 @@ class MaskedConv2D(SavesItsArguments, layers.Layer):
             raise ValueError(f"mask_type must be 'A' or 'B', got {mask_type!r}")
         self.filters = filters
         self.kernel_size = kernel_size
-        self.mask_type = mask_type
+        self.taps = kernel_size**2 // 2 + (mask_type == "B")  # the visible entries
 
     def build(self, input_shape):
-        taps = visible_taps(self.kernel_size, self.mask_type)
         # Keras reads the fans off this shape as those of a kernel with `taps` entries.
-        self.kernel = self.add_weight(
-            name="kernel", shape=(taps, input_shape[-1], self.filters), initializer="glorot_uniform"
-        )
+        self.kernel = self.add_weight(name="kernel", shape=(self.taps, input_shape[-1], self.filters))
         self.bias = self.add_weight(name="bias", shape=(self.filters,), initializer="zeros")
 
     def call(self, inputs):
@@ -414,7 +403,7 @@ class MaskedConv2D(SavesItsArguments, layers.Layer):
 
 
 @register
-class MaskedCodeConv2D(SavesItsArguments, layers.Layer):
+class MaskedCodeConv2D(MaskedConv2D):
     """`MaskedConv2D` of type A on one-hot codes, as the lookup and sum that it is.
 
     The one-hot product multiplies K - 1 zeros for every code; here each visible code picks its
@@ -424,17 +413,11 @@ class MaskedCodeConv2D(SavesItsArguments, layers.Layer):
     """
 
     def __init__(self, num_embeddings, filters, kernel_size, **kwargs):
-        super().__init__(**kwargs)
+        super().__init__(filters, kernel_size, "A", **kwargs)
         self.num_embeddings = num_embeddings
-        self.filters = filters
-        self.kernel_size = kernel_size
-        self.taps = visible_taps(kernel_size, "A")
 
     def build(self, codes_shape):
-        self.kernel = self.add_weight(
-            name="kernel", shape=(self.taps, self.num_embeddings, self.filters), initializer="glorot_uniform"
-        )
-        self.bias = self.add_weight(name="bias", shape=(self.filters,), initializer="zeros")
+        super().build((*codes_shape, self.num_embeddings))
 
     def call(self, codes):
         k, r = self.kernel_size, self.kernel_size // 2
@@ -461,7 +444,7 @@ class MaskedCodeConv2D(SavesItsArguments, layers.Layer):
 
 
 @register
-class ResidualBlock(SavesItsArguments, layers.Layer):
+class ResidualBlock(layers.Layer):
     """x + Conv1x1(ReLU(MaskedConv3x3(ReLU(Conv1x1(ReLU(x)))))) [2, figure 5].
 
     Args:
@@ -475,18 +458,10 @@ class ResidualBlock(SavesItsArguments, layers.Layer):
     def __init__(self, filters, dropout=0.0, zero_init=True, **kwargs):
         super().__init__(**kwargs)
         self.filters = filters
-        self.dropout = dropout
-        self.zero_init = zero_init
         self.narrow = layers.Dense(filters // 2)  # on (B, h, w, C), Dense is the 1x1 convolution
         self.masked = MaskedConv2D(filters // 2, 3, "B")
         self.widen = layers.Dense(filters, kernel_initializer="zeros" if zero_init else "glorot_uniform")
         self.drop = layers.SpatialDropout2D(dropout)
-
-    def build(self, input_shape):
-        half = (*input_shape[:-1], self.filters // 2)
-        self.narrow.build(input_shape)
-        self.masked.build(half)
-        self.widen.build(half)
 
     def call(self, x, training=False):
         hidden = tf.nn.relu(self.masked(tf.nn.relu(self.narrow(tf.nn.relu(x)))))
@@ -504,7 +479,7 @@ class ResidualBlock(SavesItsArguments, layers.Layer):
 
 
 @register
-class RowContext(SavesItsArguments, layers.Layer):
+class RowContext(layers.Layer):
     """Adds to each position p a summary of all rows above: x_p + W_p ReLU(weighted sum of ReLU(Dense(x))).
 
     A masked 3x3 convolution carries one position further; what holds for the whole picture, such as its brightness,
@@ -522,16 +497,13 @@ class RowContext(SavesItsArguments, layers.Layer):
     def __init__(self, filters, dropout=0.0, **kwargs):
         super().__init__(**kwargs)
         self.filters = filters
-        self.dropout = dropout
         self.narrow = layers.Dense(filters, activation="relu")
         self.drop = layers.Dropout(dropout)
 
     def build(self, input_shape):
         height, width, channels = input_shape[1:]
-        rows = np.arange(height)
-        is_above = (rows[:, None] > np.repeat(rows, width)).astype("float32")  # (h, h w)
-        self.is_above = is_above[..., None]
-        mean = self.is_above / np.maximum(is_above.sum(axis=1), 1)[:, None, None]
+        self.is_above = np.repeat(np.tri(height, k=-1, dtype="float32"), width, axis=1)[..., None]  # (h, h w, 1)
+        mean = self.is_above / np.maximum(self.is_above.sum(axis=1, keepdims=True), 1)
         self.weights_above = self.add_weight(
             name="weights_above",
             shape=(height, height * width, self.filters),
@@ -541,7 +513,6 @@ class RowContext(SavesItsArguments, layers.Layer):
             name="readout", shape=(height, width, self.filters, channels), initializer="zeros"
         )
         self.bias = self.add_weight(name="bias", shape=(channels,), initializer="zeros")
-        self.narrow.build(input_shape)
 
     def call(self, x, training=False):
         height, width = self.readout.shape[:2]
@@ -565,7 +536,7 @@ class RowContext(SavesItsArguments, layers.Layer):
 CONTEXT_EVERY = 5  # residual blocks
 # Shares of the training examples from which something is hidden, so that it need not be known.
 LABELS_HIDDEN, SCORES_HIDDEN, BELOW_HIDDEN = 0.1, 0.5, 0.5
-SCORE_RANK = 256  # directions in which the scores of whole heads vary; of fewer heads than that, all there are
+SCORE_HEADS = 384  # heads, at most, whose scores the model carries
 SCORE_NOISE = 0.1  # of standardised scores in training, so that none names a single training slice
 
 
@@ -640,25 +611,16 @@ class PixelCNN(SavesItsArguments, keras.Model):
                 ]
             )
         self.seeds = keras.random.SeedGenerator()
-        self.build((None, *self.grid))
-
-    def build(self, codes_shape):
-        if self.built:
-            return
-        features = (None, *self.grid, self.filters)
-        self.first.build(codes_shape)
-        for layer in self.blocks + self.contexts + self.head:
-            layer.build(features)
         numbers = self.learned_position + self.num_labels + (self.num_scores + 1) * bool(self.num_scores)
         self.maps = self.add_weight(
-            name="told_maps", shape=(numbers + self.num_changes, *features[1:]), initializer="zeros"
+            name="told_maps", shape=(numbers + self.num_changes, *self.grid, filters), initializer="zeros"
         )
         if self.num_scores:  # of the distribution of the scores in a whole head, see `fit_scores`
             shape = (self.num_labels, self.num_scores)
             options = {"initializer": "zeros", "trainable": False}
             self.score_means = self.add_weight(name="score_means", shape=shape, **options)
-            self.score_factor = self.add_weight(name="score_factor", shape=(SCORE_RANK, *shape), **options)
-        self.built = True
+            self.score_factor = self.add_weight(name="score_factor", shape=(SCORE_HEADS, *shape), **options)
+        self(np.zeros((1, *self.grid), np.int32))  # builds the layers
 
     def call(self, inputs, training=False):
         told = dict(inputs) if isinstance(inputs, dict) else {"codes": inputs}
@@ -719,7 +681,7 @@ class PixelCNN(SavesItsArguments, keras.Model):
             if tuple(np.shape(values)) != (count, *shapes[name]):
                 raise ValueError(f"{name} must have shape {(count, *shapes[name])}, got {tuple(np.shape(values))}")
         labels = np.append(told.get("labels", []), -1)
-        if not -1 <= labels.min() <= labels.max() < max(self.num_labels, 0):
+        if not -1 <= labels.min() <= labels.max() < self.num_labels:
             raise ValueError(f"labels must be from -1 to {self.num_labels - 1}, got {labels.min()} to {labels.max()}")
 
     def logits(self, x):
@@ -736,7 +698,6 @@ class PixelCNN(SavesItsArguments, keras.Model):
 
     def nll(self, codes, **told):
         """-ln p of every code given the earlier ones and what is told, see the class: float32 (B, h, w), nats."""
-        told = {name: values for name, values in told.items() if values is not None}
         self.check(told, len(codes))
         return in_batches(self.nll_batch, {"codes": codes, **self.nothing_told(len(codes)), **told})
 
@@ -750,16 +711,13 @@ class PixelCNN(SavesItsArguments, keras.Model):
         Args: scores, float32 (N, num_scores); labels and numbers of the heads, int (N,) from 0. Of a head that has
             no slice of some number, the mean is taken there.
         """
-        table = np.full((max(heads) + 1, self.num_labels, self.num_scores), np.nan, np.float32)
+        table = np.ma.masked_all((max(heads) + 1, self.num_labels, self.num_scores), np.float32)
         table[heads, labels] = scores
-        known = np.isfinite(table)
-        means = np.where(known, table, 0).sum(axis=0) / np.maximum(known.sum(axis=0), 1)
-        deviations = np.where(known, table - means, 0).reshape(len(table), -1) / np.sqrt(max(len(table) - 1, 1))
-        _, sizes, directions = np.linalg.svd(deviations, full_matrices=False)
-        factor = (sizes[:, None] * directions)[:SCORE_RANK]  # factor^T factor is their covariance
+        means = table.mean(axis=0).filled(0)  # 0 of a number that no head has
+        deviations = (table - means).filled(0)[:SCORE_HEADS]
+        factor = deviations / np.sqrt(max(len(deviations) - 1, 1))  # factor^T factor is their covariance
         self.score_means.assign(means)
-        factor = np.pad(factor, [[0, SCORE_RANK - len(factor)], [0, 0]])
-        self.score_factor.assign(factor.reshape(self.score_factor.shape))
+        self.score_factor.assign(np.pad(factor, [[0, SCORE_HEADS - len(factor)], [0, 0], [0, 0]]))
 
     def draw_scores(self, labels, seed, streams=None):
         """Scores of novel slices [7].
@@ -770,7 +728,7 @@ class PixelCNN(SavesItsArguments, keras.Model):
         """
         labels = np.asarray(labels)
         streams = np.arange(len(labels)) if streams is None else np.asarray(streams)
-        draws = tf.random.stateless_normal((int(streams.max()) + 1, SCORE_RANK), (seed, -1))
+        draws = tf.random.stateless_normal((int(streams.max()) + 1, SCORE_HEADS), (seed, -1))
         heads = self.score_means + tf.tensordot(draws, tf.convert_to_tensor(self.score_factor), 1)  # (streams, L, S)
         scores = tf.gather_nd(heads, np.stack([streams, np.maximum(labels, 0)], axis=1))
         return tf.where(labels[:, None] < 0, np.float32("nan"), scores)
@@ -797,14 +755,10 @@ class PixelCNN(SavesItsArguments, keras.Model):
         if tuple(known.shape) != (num_samples, *self.grid):
             raise ValueError(f"known must have shape {(num_samples, *self.grid)}, got {tuple(known.shape)}")
         streams = np.arange(num_samples) if streams is None else np.asarray(streams)
-        told = {name: values for name, values in told.items() if values is not None}
         self.check(told, num_samples)
         if self.num_scores and "labels" in told and "scores" not in told:
             told["scores"] = self.draw_scores(told["labels"], seed, streams)
-        told_map = self.told_map(num_samples, **told)
-        # Tensors, not Python numbers: those would trace the graph again for every seed.
-        integers = (tf.cast(value, tf.int32) for value in (known, streams, seed))
-        return self.draw(told_map, *integers, tf.constant(temperature, tf.float32))
+        return self.draw(self.told_map(num_samples, **told), known, streams, seed, temperature)
 
     @tf.function(  # a batch of 1 that is known to be 1 would give the loop's variables shapes that change
         input_signature=[tf.TensorSpec((None, None, None, None))]
@@ -837,7 +791,7 @@ class PixelCNN(SavesItsArguments, keras.Model):
             visible = tf.reshape(codes[row : row + r + 1, column : column + 2 * r + 1], (-1, count))
             x = self.first.step(rows, visible[: self.first.taps]) + told_map[:, row, column]
             neighbours = [cache.read(place) for place in (above, above + 1, above + 2, this)]
-            earlier = biases + tf.add_n([tf.matmul(x, kernel) for x, kernel in zip(neighbours, kernels)])
+            earlier = biases + tf.add_n([tf.matmul(seen, kernel) for seen, kernel in zip(neighbours, kernels)])
             inputs, to_sums = [], []
             for i, (block, from_earlier) in enumerate(zip(self.blocks, tf.unstack(earlier))):
                 if self.contexts and i % CONTEXT_EVERY == 0:
@@ -912,24 +866,24 @@ class AnomalyDetector:
         self.tails = {name: self.tail(values) for name, values in terms.items()}
         self.normal_scores = np.sort(self.score(self.combine(terms)))
 
-    def nats(self, images, labels):
-        """-ln p of the codes: (N, h, w)."""
-        return self.pixelcnn.nll(self.vqvae.encode(images), labels=labels, scores=self.scores_of(images)).numpy()
-
     def measure(self, images, labels):
         """Nats of the codes (N, h, w), and the terms of the map, {name: float32 (N, H, W)}."""
-        nats = both = self.nats(images, labels)
+
+        def nats(images):
+            told = {"labels": labels, "scores": self.scores_of(images)}
+            return self.pixelcnn.nll(self.vqvae.encode(images), **told).numpy()
+
+        orders = [nats(images)]
         if self.mirror:  # what comes last in one raster order comes first in the other
-            both = (nats + self.nats(images[:, ::-1], labels)[:, ::-1]) / 2
+            orders.append(nats(images[:, ::-1])[:, ::-1])
         terms = {
-            "surprise": tf.image.resize(both[..., None], images.shape[1:3]).numpy(),
+            "surprise": tf.image.resize(np.mean(orders, axis=0)[..., None], images.shape[1:3]).numpy(),
             "residual": np.abs(images - self.vqvae.decode(self.vqvae.encode(images))),
             "level": np.abs(images - self.mean[labels]) / self.spread[labels],
         }
-        smoothed = {
-            name: ndimage.gaussian_filter(term[..., 0], (0, *[self.SMOOTHING] * 2)) for name, term in terms.items()
+        return orders[0], {
+            name: ndimage.gaussian_filter(term[..., 0], self.SMOOTHING, axes=(1, 2)) for name, term in terms.items()
         }
-        return nats, smoothed
 
     def tail(self, values):
         """PERCENTILES of a term of the validation slices, and the mean excess over the last of those above it."""
@@ -955,9 +909,10 @@ class AnomalyDetector:
         """The labels, where one is not known that under which the codes are likeliest: int32 (N,)."""
         labels, unknown = np.array(labels, np.int32), np.flatnonzero(np.asarray(labels) < 0)
         if len(unknown) and self.pixelcnn.num_labels:
+            codes, scores = self.vqvae.encode(images[unknown]), self.scores_of(images[unknown])
             candidates = np.arange(self.pixelcnn.num_labels, dtype=np.int32)
-            nats = [self.nats(images[unknown], np.full(len(unknown), label)).mean(axis=(1, 2)) for label in candidates]
-            labels[unknown] = np.argmin(nats, axis=0)
+            nats = [self.pixelcnn.nll(codes, labels=np.full(len(codes), n), scores=scores) for n in candidates]
+            labels[unknown] = np.argmin(np.mean(nats, axis=(2, 3)), axis=0)
         return labels
 
     def restore(self, images, labels, nats, seed):
@@ -965,6 +920,7 @@ class AnomalyDetector:
         known = np.where(nats > self.redraw_above, -1, self.vqvae.encode(images))
         known, labels = (np.repeat(values, self.RESTORATIONS, axis=0) for values in (known, labels))
         streams = np.tile(np.arange(self.RESTORATIONS), len(images))
+        # Scores are not told: those of a changed slice would bring the change back.
         told = {"labels": labels, "scores": self.pixelcnn.nothing_told(len(labels))["scores"]}
         restored = self.vqvae.decode(self.pixelcnn.sample(len(known), seed, known=known, streams=streams, **told))
         return tf.reduce_mean(tf.reshape(restored, (len(images), self.RESTORATIONS, *images.shape[1:])), axis=1)

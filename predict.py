@@ -12,7 +12,6 @@ With --anomalies none of these is made: anomalies/ gets anomalies.csv, anomalies
 """
 
 import argparse
-import csv
 import os
 import pathlib
 import shlex
@@ -22,6 +21,7 @@ import time
 
 import numpy as np
 from matplotlib.figure import Figure
+from scipy import stats
 from skimage.metrics import structural_similarity
 
 import dataset
@@ -95,23 +95,19 @@ def with_interval(name, values, cases):
 def nearest_training_slices(images, train, label):
     """Index of, and SSIM with, the most similar training slice of each image: (N,), (N,)."""
     print(f"comparing {len(images)} {label} with the training slices")
-    progress = dataset.progress_bar(len(images), "slice")
     train_flat = train.reshape(len(train), -1)
     squares, near = np.square(train_flat).sum(axis=1), min(NEIGHBOURS, len(train))
     indices, similarities = np.empty(len(images), int), np.empty(len(images))
-    for i, image in enumerate(images):
+    for i, image in enumerate(dataset.progress(images, "slice")):
         candidates = np.argpartition(squares - 2 * train_flat @ image.ravel(), near - 1)[:near]
         found = ssim([image] * near, train[candidates])
         indices[i], similarities[i] = candidates[found.argmax()], found.max()
-        progress.update(i + 1)
     return indices, similarities
 
 
-def histogram_entropy(codes, num_embeddings):
+def histogram_entropy(codes):
     """Entropy in nats of the histogram of codes."""
-    counts = np.bincount(codes.ravel(), minlength=num_embeddings)
-    frequencies = counts[counts > 0] / codes.size
-    return float(-np.sum(frequencies * np.log(frequencies)))
+    return stats.entropy(np.bincount(codes.ravel()))
 
 
 # --------------------------------------------------------------------------------------
@@ -143,15 +139,13 @@ def measure_reconstructions(test, reconstructed):
     }
 
 
-def measure_codebook(num_embeddings, test_codes, train_codes):
+def measure_codebook(num_embeddings, codes):
     return {
-        "grid": list(test_codes.shape[1:]),
+        "grid": list(codes.shape[1:]),
         "num_embeddings": num_embeddings,
-        "used": len(np.unique(test_codes)),
-        "perplexity": np.exp(histogram_entropy(test_codes, num_embeddings)),
-        "bits_per_image": test_codes[0].size * np.log2(num_embeddings),
-        "train_used": len(np.unique(train_codes)),
-        "train_perplexity": np.exp(histogram_entropy(train_codes, num_embeddings)),
+        "used": len(np.unique(codes)),
+        "perplexity": np.exp(histogram_entropy(codes)),
+        "bits_per_image": codes[0].size * np.log2(num_embeddings),
     }
 
 
@@ -168,20 +162,17 @@ def measure_prior(pixelcnn, test, train):
         "bits_per_code": nats.mean() / np.log(2),
         "bits_per_image": nats.mean() / np.log(2) * positions,
         # What the codes cost without a prior that looks at other codes, and what those it was fitted on cost.
-        "histogram_bits_per_image": histogram_entropy(test.codes, pixelcnn.num_embeddings) / np.log(2) * positions,
+        "histogram_bits_per_image": histogram_entropy(test.codes) / np.log(2) * positions,
         "train_nats_per_code": nats_of_slices(pixelcnn, train.codes, labels=train.labels).mean(),
     }
 
 
 def draw_of_labels(pool, labels, seed):
     """As many indices into a pool of labels, at random, each of the label that is asked for where there is one."""
-    rng = np.random.default_rng(seed)
-    order = rng.permutation(len(pool))
-    chosen = np.empty(len(labels), int)
+    order, chosen = np.random.default_rng(seed).permutation(len(pool)), np.empty(len(labels), int)
     for label in np.unique(labels):
-        asked = np.flatnonzero(labels == label)
-        having = order[pool[order] == label]
-        chosen[asked] = np.resize(having if label >= 0 and len(having) else order, len(asked))
+        asked, having = labels == label, order[pool[order] == label]
+        chosen[asked] = np.resize(having if label >= 0 and len(having) else order, asked.sum())
     return chosen
 
 
@@ -206,9 +197,7 @@ def measure_samples(novel, test, reconstructed, train, components, mirror, seed)
     variants = dataset.shown_variants(train.images, mirror)
     shown, levels = np.concatenate(variants), np.tile(train.labels, len(variants))
     near_novel, novel_ssim = nearest_training_slices(novel.images, shown, "novel slices")
-    near_reconstructed, reconstructed_ssim = nearest_training_slices(
-        reconstructed, shown, "reconstructions of test slices"
-    )
+    near_reconstructed, reconstructed_ssim = nearest_training_slices(reconstructed, shown, "reconstructions")
     near_test, test_ssim = nearest_training_slices(test.images, shown, "test slices")
     measures = {
         "frechet_pca": frechet_distance(of_novel, of_test),
@@ -218,7 +207,6 @@ def measure_samples(novel, test, reconstructed, train, components, mirror, seed)
         "nearest_train_ssim_max": novel_ssim.max(),
         "reconstruction_nearest_train_ssim_mean": reconstructed_ssim.mean(),
         "test_nearest_train_ssim_mean": test_ssim.mean(),
-        "test_nearest_train_ssim_max": test_ssim.max(),
         "level_error": level_error(novel.labels, levels[near_novel]),
         "reconstruction_level_error": level_error(test.labels, levels[near_reconstructed]),
         "test_level_error": level_error(test.labels, levels[near_test]),
@@ -237,10 +225,8 @@ def measure_heads(heads, pixelcnn, test, reconstructed, train, components, test_
     """
     upper = np.flatnonzero(test_below >= 0)
     lower = test_below[upper]
-    nats = None
-    if len(upper):
-        told = {"labels": test.labels[upper], "below": test.codes[lower]}
-        nats = nats_of_slices(pixelcnn, test.codes[upper], **told).mean()
+    told = {"labels": test.labels[upper], "below": test.codes[lower]}
+    nats = nats_of_slices(pixelcnn, test.codes[upper], **told).mean() if len(upper) else None
 
     def change(images):
         return np.abs(images[upper] - images[lower]).mean() if len(upper) else None
@@ -263,13 +249,11 @@ def measure_heads(heads, pixelcnn, test, reconstructed, train, components, test_
 
 def show(axis, image, caption="", **options):
     axis.imshow(image, **{"cmap": "gray", "vmin": 0, "vmax": 1, **options})
-    axis.set_xticks([])
-    axis.set_yticks([])
+    axis.set(xticks=[], yticks=[])
     axis.set_xlabel(caption, fontsize=8)
 
 
 def save(figure, path):
-    figure.tight_layout()
     dataset.write_whole(path, lambda temporary: figure.savefig(temporary, dpi=85, format="png"))
 
 
@@ -280,7 +264,7 @@ def evenly(count, total):
 
 def draw_reconstructions(path, test, reconstructed, num_embeddings, kind):
     chosen = evenly(8, len(test.images))
-    figure = Figure(figsize=(1.5 * len(chosen), 5.2))
+    figure = Figure(figsize=(1.5 * len(chosen), 5.2), layout="tight")
     axes = figure.subplots(3, len(chosen), squeeze=False)
     for axis, i in zip(axes.T, chosen):
         show(axis[0], test.images[i])
@@ -307,7 +291,7 @@ def draw_samples(path, novel, nearest, similarity, kind, options):
     """Rows of novel slices, and under each the nearest training slice."""
     chosen = pictured(novel.labels)
     rows, columns = chosen.shape
-    figure = Figure(figsize=(1.15 * columns, 2.7 * rows + 0.5))
+    figure = Figure(figsize=(1.15 * columns, 2.7 * rows + 0.5), layout="tight")
     axes = figure.subplots(2 * rows, columns, squeeze=False)
     for (row, column), i in np.ndenumerate(chosen):
         show(axes[2 * row, column], novel.images[i], f"slice {novel.labels[i]}" if novel.labels[i] >= 0 else "")
@@ -332,7 +316,7 @@ def draw_completions(path, vqvae, pixelcnn, test, kind, options):
     told = {"labels": np.repeat(test.labels[chosen], draws), "scores": pixelcnn.nothing_told(len(known))["scores"]}
     drawn = pixelcnn.sample(len(known), options.seed, options.temperature, known=known, **told)
     completed = decode(vqvae, drawn).reshape(len(chosen), draws, *test.images.shape[1:])
-    figure = Figure(figsize=(1.5 * len(chosen), 6.6))
+    figure = Figure(figsize=(1.5 * len(chosen), 6.6), layout="tight")
     axes = figure.subplots(1 + draws, len(chosen), squeeze=False)
     for axis, original, images in zip(axes.T, test.images[chosen], completed):
         show(axis[0], original)
@@ -351,11 +335,10 @@ def draw_completions(path, vqvae, pixelcnn, test, kind, options):
 
 def draw_head_cuts(path, heads, test, kind, options):
     """A row for each head: a real one, then novel ones; slices from the lowest up, then cut the other two ways."""
-    case = test.cases[0]
-    real = test.images[test.cases == case]
+    real = test.images[test.cases == test.cases[0]]
     rows = {f"test {kind}": real, **{f"novel {i}": head for i, head in enumerate(heads[:3])}}
     columns = min(8, heads.shape[1])
-    figure = Figure(figsize=(1.25 * (columns + 2), 1.45 * len(rows) + 0.5))
+    figure = Figure(figsize=(1.25 * (columns + 2), 1.45 * len(rows) + 0.5), layout="tight")
     axes = figure.subplots(len(rows), columns + 2, squeeze=False)
     for axis, (name, head) in zip(axes, rows.items()):
         for place, number in zip(axis, evenly(columns, len(head))):
@@ -381,44 +364,34 @@ def load_run(run):
     config = dataset.read_config(run)
     if config is None:
         raise dataset.UserError(f"--run {run}: no run here; first python train.py --run {shlex.quote(str(run))}")
-    found = {name: dataset.finished_model(run, name) for name in ("vqvae", "pixelcnn")}
-    for name, model in found.items():
-        if model is None:
-            raise dataset.UserError(
-                f"--run {run}: {name} has not finished training; give the same train.py command again"
-            )
-    return config, found["vqvae"], found["pixelcnn"]
+    vqvae, pixelcnn = (dataset.finished_model(run, name) for name in ("vqvae", "pixelcnn"))
+    if pixelcnn is None:
+        raise dataset.UserError(f"--run {run}: training has not finished; give the same train.py command again")
+    return config, vqvae, pixelcnn
 
 
 def load_data(options, config, splits):
-    """The splits that are asked for, and whether they are those of the training."""
-    loaded = dataset.load(options.data or config["data"]["folder"], splits)
+    """The splits that are asked for, and what the report says of them."""
+    folder = options.data or config["data"]["folder"]
+    loaded = dataset.load(folder, splits)
     found = dataset.fingerprint(loaded)
     others = [name for name in found if found[name] != config["data"].get(name)]
     if others:
         print(f"note: other {', '.join(others)} slices than those of the training")
-    return loaded, found, not others
-
-
-def describe_data(options, config, found, as_trained):
-    """The data of a report: found, of `dataset.fingerprint`."""
-    return {
-        "folder": str(pathlib.Path(options.data or config["data"]["folder"]).resolve()),
-        **{f"{name}_images": split["images"] for name, split in found.items()},
-        "test_subjects": found["test"]["subjects"],
+    return loaded, {
+        "folder": str(pathlib.Path(folder).resolve()),
+        **{f"{name}_{count}": split[count] for name, split in found.items() for count in ("images", "subjects")},
         "phantom": config["data"]["phantom"],
         "sha256": {name: split["sha256"] for name, split in found.items()},
-        "as_trained": as_trained,
+        "as_trained": not others,
     }
 
 
 def check_asked(options, pixelcnn):
     """Refuse what this run cannot draw, before anything is read."""
-    if options.slice and not pixelcnn.num_labels:
-        raise dataset.UserError("--slice: this run knows no slice numbers")
-    if options.slice and max(options.slice) >= pixelcnn.num_labels:
-        last = pixelcnn.num_labels - 1
-        raise dataset.UserError(f"--slice must be from 0 to {last} in this run, not {max(options.slice)}")
+    for number in options.slice or []:
+        if not 0 <= number < pixelcnn.num_labels:
+            raise dataset.UserError(f"--slice {number}: this run has {pixelcnn.num_labels} slice numbers, from 0 on")
     if options.heads and not pixelcnn.tell_below:
         raise dataset.UserError("--heads: this run was not told the slice below; train without --no-below")
 
@@ -446,15 +419,13 @@ def draw_novel(vqvae, pixelcnn, test_labels, options):
 def draw_heads(pixelcnn, count, seed, temperature):
     """Codes of whole novel heads, each slice given the one below: int32 (count, L, h, w)."""
     print(f"sampling {count} whole heads")
-    progress = dataset.progress_bar(pixelcnn.num_labels, "slice")
     slices, below = [], np.full((count, *pixelcnn.grid), -1, np.int32)
-    for label in range(pixelcnn.num_labels):
+    for label in dataset.progress(range(pixelcnn.num_labels), "slice"):
         told = {"labels": np.full(count, label, np.int32), "below": below}
         if pixelcnn.num_scores:  # with one seed, for they belong together
             told["scores"] = pixelcnn.draw_scores(told["labels"], seed)
         below = pixelcnn.sample(count, (seed + 65537 * label) % 2**31, temperature, **told).numpy()
         slices.append(below)
-        progress.update(label + 1)
     return np.stack(slices, axis=1)
 
 
@@ -462,7 +433,7 @@ def predict(options):
     run = pathlib.Path(options.run)
     config, vqvae, pixelcnn = load_run(run)
     check_asked(options, pixelcnn)
-    splits, found, as_trained = load_data(options, config, dataset.SPLITS)
+    splits, data = load_data(options, config, dataset.SPLITS)
     for name in ("train", "test"):
         if len(splits[name].images) < 2:  # one has no covariance
             raise dataset.UserError(f"keras_png_slices_{name} has 1 slice, the measures need at least 2: add some")
@@ -477,9 +448,9 @@ def predict(options):
         novel, test, reconstructed, train, components, config["settings"]["mirror"], options.seed
     )
     report = {
-        "data": describe_data(options, config, found, as_trained),
+        "data": data,
         "reconstruction": measure_reconstructions(test, reconstructed),
-        "codebook": measure_codebook(pixelcnn.num_embeddings, test.codes, train.codes),
+        "codebook": measure_codebook(pixelcnn.num_embeddings, test.codes),
         "prior": measure_prior(pixelcnn, test, train),
         "samples": {
             "count": len(novel.labels),
@@ -516,14 +487,9 @@ def predict(options):
 
 def labels_of(names, options, num_labels):
     """The slice number of each file: from its name, else --slice, else -1; -1 too for one that the run has not."""
-    fallback = options.slice[0] if options.slice else -1
-    labels = np.array([dataset.slice_number(name) for name in names], np.int32)
-    labels = np.where(labels < 0, fallback, labels)
-    unknown = labels >= num_labels
-    if unknown.any() and num_labels:
-        print(f"note: the slice numbers of {unknown.sum()} names are not those of this run, 0 to {num_labels - 1}: "
-              "these slices are examined as of the number that is likeliest")  # fmt: skip
-    return np.where(unknown, -1, labels).astype(np.int32)
+    numbers = np.array([dataset.slice_number(name) for name in names])
+    labels = np.where(numbers < 0, options.slice[0] if options.slice else -1, numbers)
+    return np.where(labels < num_labels, labels, -1).astype(np.int32)
 
 
 def picture_names(names):
@@ -539,32 +505,23 @@ def picture_names(names):
 
 def draw_anomalies(folder, names, found, kind):
     """A picture of each slice: input, surprise, mean restoration, anomaly map, on one scale for the whole folder."""
-    kinds = {
+    maps = {
         "input": (found["images"], "gray", 1),
         "surprise, nats": (found["surprise"], "inferno", found["surprise"].max()),
         "mean restoration": (found["restored"], "gray", 1),
         "anomaly map": (found["anomaly_map"], "inferno", found["anomaly_map"].max()),
     }
-    figure = Figure(figsize=(9.6, 2.9), layout="constrained", dpi=85)
-    shown = []  # the figure is made once, and only its maps and title change
-    for axis, (title, (values, cmap, highest)) in zip(figure.subplots(1, len(kinds)), kinds.items()):
-        show(axis, values[0], cmap=cmap, vmax=highest)
-        axis.set_title(title, fontsize=9)
-        shown.append((axis.images[0], values))
-        if cmap != "gray":
-            figure.colorbar(axis.images[0], ax=axis, shrink=0.8).ax.tick_params(labelsize=7)
     print(f"drawing {len(names)} pictures")
-    progress = dataset.progress_bar(len(names), "picture")
-    for i, picture in enumerate(picture_names(names)):
-        for image, values in shown:
-            image.set_data(values[i])
-        readable = os.fsencode(names[i]).decode("utf-8", "replace")
+    for i, picture in enumerate(dataset.progress(picture_names(names), "picture")):
+        figure = Figure(figsize=(9.6, 2.9), layout="constrained")
+        for axis, (title, (values, cmap, highest)) in zip(figure.subplots(1, len(maps)), maps.items()):
+            show(axis, values[i], cmap=cmap, vmax=highest)
+            axis.set_title(title, fontsize=9)
+            if cmap != "gray":
+                figure.colorbar(axis.images[0], ax=axis, shrink=0.8).ax.tick_params(labelsize=7)
         score = f"score {found['score'][i]:.2f}, above {found['percentile'][i]:.0f} % of the validation {kind}s"
-        figure.suptitle(f"{readable}: {score}", fontsize=9, parse_math=False)
-        if i == 1:
-            figure.set_layout_engine("none")  # laid out by the first picture
-        dataset.write_whole(folder / picture, lambda path: figure.savefig(path, format="png"))
-        progress.update(i + 1)
+        figure.suptitle(f"{names[i]}: {score}", fontsize=9, parse_math=False)
+        save(figure, folder / picture)
 
 
 def save_anomalies(folder, names, found):
@@ -575,12 +532,7 @@ def save_anomalies(folder, names, found):
         (names[i], found["labels"][i], f"{found['score'][i]:.4f}", f"{found['percentile'][i]:.1f}")
         for i in np.argsort(-found["score"], kind="stable")
     ]
-
-    def save_table(path):
-        with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-            csv.writer(file).writerows([("name", "slice", "score", "percentile"), *rows])
-
-    dataset.write_whole(folder / "anomalies.csv", save_table)
+    dataset.write_table(folder / "anomalies.csv", ("name", "slice", "score", "percentile"), rows)
     print(f"{folder / 'anomalies.csv'}: of {len(rows)} slices the most surprising are")
     for name, _, score, percentile in rows[:5]:
         print(f"  {score:>9}, above {percentile:>5} % of the validation slices: {ascii(str(name))[1:-1]}")
@@ -588,7 +540,7 @@ def save_anomalies(folder, names, found):
 
 def make_detector(options, config, vqvae, pixelcnn):
     """`AnomalyDetector` of a run."""
-    splits, _, _ = load_data(options, config, ("train", "validate"))
+    splits, _ = load_data(options, config, ("train", "validate"))
     print("examining validation slices, to know what is normal")
     train, validate = (
         (dataset.to_float(splits[name].images), splits[name].known_labels(pixelcnn.num_labels))
@@ -609,10 +561,10 @@ def find_anomalies(options):
     if not folder.is_dir():
         raise dataset.UserError(f"--anomalies {folder}: no such folder; name one with PNG or JPEG slices in it")
     results = run / "anomalies"
-    if results.resolve() in (folder.resolve(), *folder.resolve().parents):
+    if folder.resolve().is_relative_to(results.resolve()):
         raise dataset.UserError(f"--anomalies {folder}: the results would replace the slices; name another folder")
     paths = dataset.list_slices(folder, "put some there, or name another folder")
-    names = np.array([path.name for path in paths])
+    names = np.array([os.fsencode(path.name).decode("utf-8", "replace") for path in paths])
     labels = labels_of(names, options, pixelcnn.num_labels)
     images = dataset.to_float(dataset.read_images(paths, "anomalies"))
 
@@ -638,13 +590,8 @@ def parse_arguments(arguments):
     parser.add_argument("--num-samples", type=int, metavar="N", help="default: the number of test slices")
     parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="1 samples the model itself")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of all that is drawn (default: %(default)s)")
-    parser.add_argument(
-        "--slice",
-        type=int,
-        nargs="+",
-        metavar="N",
-        help="levels to draw, in turn (default: the test's); of --anomalies the one where names tell none",
-    )
+    levels = "levels to draw, in turn (default: the test's); of --anomalies the one where names tell none"
+    parser.add_argument("--slice", type=int, nargs="+", metavar="N", help=levels)
     parser.add_argument("--complete", action="store_true", help="draw the lower half of test slices, given the upper")
     parser.add_argument("--heads", type=int, metavar="N", help="draw N whole heads too, each slice given that below")
     parser.add_argument("--anomalies", metavar="FOLDER", help="show what is unexpected in the slices of this folder")
@@ -656,16 +603,11 @@ def parse_arguments(arguments):
             )
         if options.slice and len(options.slice) > 1:
             parser.error("--slice with --anomalies is one number, that of all slices whose names have none")
-    if options.num_samples is not None and options.num_samples < 2:
-        parser.error(f"--num-samples must be at least 2, not {options.num_samples}")
-    if options.heads is not None and options.heads < 1:
-        parser.error(f"--heads must be at least 1, not {options.heads}")
-    if not 0.01 <= options.temperature <= 100:
-        parser.error(f"--temperature must be from 0.01 to 100, not {options.temperature}")
-    if options.slice and min(options.slice) < 0:
-        parser.error(f"--slice must be at least 0, not {min(options.slice)}")
-    if not 0 <= options.seed < 2**31:
-        parser.error(f"--seed must be from 0 to {2**31 - 1}, not {options.seed}")
+    ranges = {"num_samples": (2, 10**6), "heads": (1, 10**4), "temperature": (0.01, 100), "seed": (0, 2**31 - 1)}
+    for name, (low, high) in ranges.items():
+        value = getattr(options, name)
+        if value is not None and not low <= value <= high:
+            parser.error(f"--{name.replace('_', '-')} must be from {low} to {high}, not {value}")
     return options
 
 

@@ -9,7 +9,6 @@ command continues a run that was stopped. Afterwards: python predict.py --run RU
 """
 
 import argparse
-import csv
 import dataclasses
 import json
 import pathlib
@@ -18,7 +17,6 @@ import signal
 import sys
 import threading
 import time
-import zipfile
 
 import keras
 import numpy as np
@@ -115,30 +113,15 @@ DEMO = {
 # --------------------------------------------------------------------------------------
 
 
-def as_typed(value):
-    """A setting as it is given on the command line."""
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
-def as_flag(name, value=None):
-    name = name.replace("_", "-")
-    return f"--no-{name}" if value is False else f"--{name}"
-
-
-def as_flags(settings):
-    """Settings as they are given on the command line."""
-    return ", ".join(
-        as_flag(name, value) + ("" if isinstance(value, bool) else f" {as_typed(value)}")
-        for name, value in settings.items()
-    )
+def as_flag(name):
+    return "--" + name.replace("_", "-")
 
 
 def parse_arguments(arguments):
     """Command line -> (Settings, argparse.Namespace of data, run, demo, original)."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0],
-        epilog=f"Other defaults of --demo: {as_flags(DEMO)}. Of --original: {as_flags(ORIGINAL)}. "
-        "A flag given beside them still counts.",
+        epilog=f"Other defaults of --demo: {DEMO}. Of --original: {ORIGINAL}. A flag given beside them still counts.",
         allow_abbrev=False,
     )
     parser.add_argument("--data", help="folder of the slices (default: keras_png_slices_data)")
@@ -146,22 +129,20 @@ def parse_arguments(arguments):
     parser.add_argument("--demo", action="store_true", help="draw head phantoms into the run directory and use them")
     parser.add_argument("--original", action="store_true", help="the settings of the original project")
     for field in dataclasses.fields(Settings):
-        meaning = f"{field.metadata['help']} (default: {as_typed(field.default)})"
         if field.type is bool:
             options = {"action": argparse.BooleanOptionalAction}
         elif field.type in (int, float):
             options = {"type": field.type, "metavar": "N"}
         else:
             options = {"type": int, "nargs": "+", "metavar": "N"}
-        parser.add_argument(as_flag(field.name), help=meaning, **options)
+        parser.add_argument(as_flag(field.name), help=field.metadata["help"] + " (default: %(default)s)", **options)
+    parser.set_defaults(**dataclasses.asdict(Settings()))
     options = parser.parse_args(arguments)
+    parser.set_defaults(**(DEMO if options.demo else {}), **(ORIGINAL if options.original else {}))
+    options = parser.parse_args(arguments)  # again, for the defaults of --demo and --original are other ones
     if options.demo and options.data:
         parser.error("--demo makes its own data: leave out --data, or --demo")
-
-    given = {field.name: getattr(options, field.name) for field in dataclasses.fields(Settings)}
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    defaults = {**(DEMO if options.demo else {}), **(ORIGINAL if options.original else {})}
-    settings = Settings(**{**defaults, **{name: value for name, value in given.items() if value is not None}})
+    settings = Settings(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Settings)})
     check_ranges(settings, parser)
     options.run = pathlib.Path(options.run or ("runs/demo" if options.demo else "runs/oasis"))
     options.data = options.run / "phantom_slices" if options.demo else options.data or "keras_png_slices_data"
@@ -171,7 +152,7 @@ def parse_arguments(arguments):
 def check_ranges(settings, parser):
     for field in dataclasses.fields(Settings):
         value, low, high = getattr(settings, field.name), field.metadata["low"], field.metadata["high"]
-        for number in value if isinstance(value, tuple) else [value]:
+        for number in value if isinstance(value, (list, tuple)) else [value]:
             if low is not None and not low <= number <= high:
                 parser.error(f"{as_flag(field.name)} must be from {low} to {high}, not {number}")
     if dataset.IMAGE_SIZE % 2 ** len(settings.filters):
@@ -200,35 +181,29 @@ def open_run(run, settings, data_folder, data, phantom):
         dataset.write_json(run / "config.json", config)
         return
     for name, now in config["settings"].items():
-        then = before["settings"].get(name)
-        if now != then:
+        if (then := before["settings"].get(name)) != now:
             raise dataset.UserError(
                 f"--run {run} was started with {as_flag(name)} {then}, not {now}: choose another --run"
             )
     for split in data:
-        if before["data"].get(split) != data[split]:
-            then = (before["data"].get(split) or {}).get("images")
-            raise dataset.UserError(
-                f"--run {run} was started with other {split} slices "
-                f"({then}, now {data[split]['images']}): choose another --run, or restore the data"
-            )
-    for library, version in config["versions"].items():
-        if before["versions"].get(library) != version:
-            print(f"warning: this run was started with {library} {before['versions'].get(library)}, now {version}")
+        if before["data"][split] != data[split]:
+            raise dataset.UserError(f"--run {run} was started with other {split} data: restore them, or another --run")
+    if before["versions"] != config["versions"]:
+        print(f"warning: this run was started with {before['versions']}, now there are {config['versions']}")
 
 
 # --------------------------------------------------------------------------------------
 # One stage: a model, fitted epoch by epoch into the run directory
 # --------------------------------------------------------------------------------------
 
-SAVE_EVERY = 60  # seconds, at least, between two savings of a training: on a fast card they would take longer than it
+SAVE_EVERY = 60  # seconds, at least, between two savings: on a fast card one takes longer than an epoch
 
 
 class Stage:
     """One model of a run, "vqvae" or "pixelcnn": its settings, and its files in the run directory."""
 
     def __init__(self, run, name, settings):
-        self.name, self.settings = name, settings
+        self.run, self.name, self.settings = run, name, settings
         self.best = run / f"{name}.keras"
         self.last = run / f"{name}_last.npz"  # all that a stopped training needs to go on; gone when finished
         self.history = run / f"{name}_history.csv"
@@ -236,16 +211,6 @@ class Stage:
 
     def setting(self, name, default=None):
         return getattr(self.settings, f"{self.name}_{name}", default)
-
-    def finish(self, model, rows):
-        """Save the model, plot the history, and note in config.json which model the stage ended with."""
-        dataset.write_whole(self.best, model.save)
-        write_history(self.history, rows)  # again, for a run may have been killed before the last rows were in it
-        plot_history(self, rows)
-        config = dataset.read_config(self.best.parent)
-        config["finished"][self.name] = dataset.file_checksum(self.best)
-        dataset.write_json(self.best.parent / "config.json", config)
-        self.last.unlink(missing_ok=True)
 
 
 def selection_loss(row, split="val_"):
@@ -266,42 +231,37 @@ class Checkpoint(keras.callbacks.Callback):
     def __init__(self, stage, model):
         super().__init__()
         self.stage, self.rows, self.last, self.best = stage, [], [], []
-        self.saved, self.saved_at = 0, time.time()  # epochs; time
-        self.state = model.weights + model.optimizer.variables
+        # The random states of dropout are variables of the model: a resumed training draws what comes next.
+        self.state = model.variables + model.optimizer.variables
         if stage.last.exists():
-            self.load(len(model.weights))
-        self.began = len(self.rows)
+            self.load(len(model.variables))
+        self.saved, self.saved_at = len(self.rows), time.time()  # epochs; time
 
-    def load(self, weights):
+    def load(self, variables):
         try:
             with np.load(self.stage.last) as file:
                 self.rows = json.loads(str(file["rows"]))
-                self.last, self.best = ([file[f"{kind}{i}"] for i in range(count)]
-                                        for kind, count in (("last", len(self.state)), ("best", weights)))  # fmt: skip
+                self.last = [file[f"last{i}"] for i in range(len(self.state))]
+                self.best = [file[f"best{i}"] for i in range(variables)]
             for variable, value in zip(self.state, self.last):
                 variable.assign(value)
-        except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        except Exception as error:  # NumPy and zipfile have many kinds of their own for damaged files
             raise dataset.UserError(
                 f"{self.stage.last} is broken ({type(error).__name__}): "
                 f"delete it, and {self.stage.name} starts again from its first epoch"
             ) from None
-        self.saved = len(self.rows)
 
     def save(self):
         if self.saved == len(self.rows):
             return
         arrays = {f"{kind}{i}": value for kind in ("last", "best") for i, value in enumerate(getattr(self, kind))}
+        # The history first, so that it is never behind what a stopped training goes on from.
+        dataset.write_table(self.stage.history, self.rows[0], [row.values() for row in self.rows])
         dataset.write_arrays(self.stage.last, np.savez, rows=json.dumps(self.rows), **arrays)  # not compressed: faster
-        write_history(self.stage.history, self.rows)
         self.saved, self.saved_at = len(self.rows), time.time()
 
     def on_epoch_begin(self, epoch, logs=None):
         self.started = time.time()
-        # Dropout depends on the number of the step alone, as the data order does: resuming needs no hidden state.
-        # A generator is asked several times a step, so steps are 16 apart.
-        states = [v for v in self.model.non_trainable_variables if v.name == "seed_generator_state"]
-        for number, state in enumerate(states):
-            state.assign([self.stage.settings.seed + 7919 * number, 16 * int(self.model.optimizer.iterations.numpy())])
 
     def on_epoch_end(self, epoch, logs=None):
         name, epochs = self.stage.name, self.stage.setting("epochs")
@@ -311,26 +271,15 @@ class Checkpoint(keras.callbacks.Callback):
                 f"Lower --{name}-learning-rate, in another --run"
             )
         row = {"epoch": epoch + 1, "seconds": round(time.time() - self.started, 2)}
-        self.rows.append({**row, **{key: float(value) for key, value in logs.items()}})
-        self.last = [keras.ops.convert_to_numpy(variable) for variable in self.state]
-        if min(self.rows, key=selection_loss) is self.rows[-1]:
-            self.best = self.last[: len(self.model.weights)]
+        rows = [*self.rows, {**row, **{key: float(value) for key, value in logs.items()}}]
+        last = [keras.ops.convert_to_numpy(variable) for variable in self.state]
+        is_best = min(rows, key=selection_loss) is rows[-1]
+        # All at once: Ctrl-C may come anywhere, and what it saves must belong together.
+        self.rows, self.last, self.best = rows, last, last[: len(self.model.variables)] if is_best else self.best
         if time.time() > self.saved_at + SAVE_EVERY or epoch + 1 == epochs:
             self.save()
-        seconds = [row["seconds"] for row in self.rows[self.began :]]  # the first of a call holds the compiling
-        left = np.median(seconds[1:] or seconds) * (epochs - epoch - 1)
-        left = f"{left / 60:.0f} min" if left > 120 else f"{left:.0f} s"
-        print(f"{name}: epoch {epoch + 1} of {epochs}, about {left} left")
-
-
-def write_history(path, rows):
-    def write(temporary):
-        with open(temporary, "w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
-
-    dataset.write_whole(path, write)
+        left = row["seconds"] * (epochs - epoch - 1) / 60  # too much in the first epoch of a call, which compiles
+        print(f"{name}: epoch {epoch + 1} of {epochs}, about {left:.1f} min left")
 
 
 def make_optimizer(stage, steps):
@@ -397,30 +346,32 @@ def fit(stage, make_model, counts, prepare, validation):
             raise
     # A model of its own, without the optimizer and what the compiling left.
     best = type(model).from_config(model.get_config())
-    for variable, value in zip(best.weights, checkpoint.best, strict=True):
+    for variable, value in zip(best.variables, checkpoint.best, strict=True):
         variable.assign(value)
-    stage.finish(best, checkpoint.rows)
+    dataset.write_whole(stage.best, best.save)
+    plot_history(stage, checkpoint.rows)
+    config = dataset.read_config(stage.run)
+    config["finished"][stage.name] = dataset.file_checksum(stage.best)
+    dataset.write_json(stage.run / "config.json", config)
+    stage.last.unlink(missing_ok=True)
     return best
 
 
 def plot_history(stage, rows):
-    """Training and validation loss against the epoch, the kept epoch marked; perplexity, where there is one."""
-    epochs = [row["epoch"] for row in rows]
-    best = min(rows, key=selection_loss)
-    has_codebook = "perplexity" in rows[0]
-    figure = Figure(figsize=(5 + 4 * has_codebook, 3.5), layout="tight")
-    axes = figure.subplots(1, 1 + has_codebook, squeeze=False)[0]
-    axes[0].plot(epochs, [selection_loss(row, "") for row in rows], label="training")
-    axes[0].plot(epochs, [selection_loss(row) for row in rows], label="validation")
-    least = selection_loss(best)
-    axes[0].plot(best["epoch"], least, "o", label=f"kept: epoch {best['epoch']}, {least:.3f}")
-    unit = "loss without the quantizer's terms" if has_codebook else "nats per code"
-    axes[0].set(xlabel="epoch", ylabel=unit, title=stage.name)
-    if has_codebook:
-        axes[1].plot(epochs, [row["perplexity"] for row in rows], label="training")
-        axes[1].plot(epochs, [row["val_perplexity"] for row in rows], label="validation")
-        axes[1].set(xlabel="epoch", ylabel="perplexity", title="codebook, over each epoch", ylim=(0, None))
-    for axis in axes:
+    """Training and validation loss against the epoch, and perplexity where there is one; the kept epoch is marked."""
+    epochs, best = [row["epoch"] for row in rows], min(rows, key=selection_loss)
+    panels = {"nats per code": selection_loss}
+    if "perplexity" in rows[0]:
+        panels = {
+            "loss without the quantizer's terms": selection_loss,
+            "perplexity of the codebook": lambda row, split="val_": row[f"{split}perplexity"],
+        }
+    figure = Figure(figsize=(1 + 4 * len(panels), 3.5), layout="tight")
+    for axis, (name, value) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
+        axis.plot(epochs, [value(row, "") for row in rows], label="training")
+        axis.plot(epochs, [value(row) for row in rows], label="validation")
+        axis.plot(best["epoch"], value(best), "o", label=f"kept: epoch {best['epoch']}, {value(best):.3f}")
+        axis.set(xlabel="epoch", ylabel=name, title=stage.name)
         axis.legend()
     dataset.write_whole(stage.plot, lambda temporary: figure.savefig(temporary, format="png"))
 
@@ -507,8 +458,8 @@ def fit_pixelcnn(run, settings, vqvae, train, validate):
     def make_model():
         model = make_pixelcnn(settings, num_labels, num_scores)
         if num_scores:
-            known = np.flatnonzero((train.labels >= 0) & (train.cases >= 0))
-            model.fit_scores(scores[known, 0], train.labels[known], dataset.heads_of(train)[known])
+            known = train.labels >= 0
+            model.fit_scores(scores[known, 0], train.labels[known], dataset.heads_of(train[known]))
         return model
 
     codes_to_validate = vqvae.encode(dataset.to_float(validate.images))
@@ -526,39 +477,29 @@ def encode_variants(vqvae, train, num_scores, settings):
     heads, unchanged = dataset.heads_of(train), dataset.shown_variants(train.images, settings.mirror)
     variants = []
 
-    def show(pictures, changes):
+    def add_variant(pictures, changes):
         images = dataset.to_float(pictures)
         codes = vqvae.encode(images).numpy().astype(np.min_scalar_type(vqvae.num_embeddings - 1))
         variants.append((codes, dataset.project(images, components).astype(np.float32), changes))
 
     for pictures in unchanged:
-        show(pictures, np.zeros((len(pictures), dataset.NUM_CHANGES), np.float32))
+        add_variant(pictures, np.zeros((len(pictures), dataset.NUM_CHANGES), np.float32))
     # About a quarter of all that is shown is unchanged, for so the prior is measured and sampled.
     variants *= max(1, settings.augmentations // (3 * len(unchanged)))
-    if settings.augmentations:
-        print(f"making {settings.augmentations} changed copies of {len(train.images)} training slices")
-        progress = dataset.progress_bar(settings.augmentations, "copy")
-    for number in range(settings.augmentations):
-        show(*dataset.augment(unchanged[number % len(unchanged)], heads, (settings.seed, number)))
-        progress.update(number + 1)
+    print(f"making {settings.augmentations} changed copies of {len(train.images)} training slices")
+    for number in dataset.progress(range(settings.augmentations), "copy"):
+        add_variant(*dataset.augment(unchanged[number % len(unchanged)], heads, (settings.seed, number)))
     return tuple(np.stack(parts, axis=1) for parts in zip(*variants))
 
 
 def prepare_run(settings, options):
     """The run directory, with its config.json, and the data: {name: Slices}."""
-    run = options.run
-    if run.exists() and not run.is_dir():
-        raise dataset.UserError(f"--run {run} is a file: choose another")
-    if not options.demo:
-        dataset.find_data(options.data)  # so that a misspelt folder leaves no empty run behind
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise dataset.UserError(f"--run {run} cannot be created ({error.strerror}): choose another") from None
     if options.demo and not options.data.exists():
         dataset.write_phantom(options.data)
-    splits = dataset.load(options.data)
-    open_run(run, settings, options.data, dataset.fingerprint(splits), options.demo)
+    splits = dataset.load(options.data)  # first, so that a misspelt folder leaves no empty run behind
+    with dataset.told_if_it_fails(options.run):
+        options.run.mkdir(parents=True, exist_ok=True)
+    open_run(options.run, settings, options.data, dataset.fingerprint(splits), options.demo)
     return splits
 
 

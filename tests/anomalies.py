@@ -52,18 +52,6 @@ class Disk:
         return ndimage.map_coordinates(image, np.indices(image.shape) + by, order=1, mode="nearest")
 
 
-def fill(value):
-    return lambda image, disk, other, rng: np.full_like(image, value)
-
-
-def brighten(image, disk, other, rng):
-    return image + rng.choice([-0.25, 0.25])
-
-
-def add_noise(image, disk, other, rng):
-    return image + rng.normal(0, 0.2, image.shape)
-
-
 def shuffle(image, disk, other, rng):
     changed = image.copy()
     changed[disk.inside] = rng.permutation(image[disk.inside])
@@ -76,25 +64,18 @@ def sink(image, disk, other, rng):
     return disk.moved(image, 2 * (disk.radius - disk.distance) * outwards)
 
 
-def blend(image, disk, other, rng):
-    return (image + other) / 2
-
-
 def shift(image, disk, other, rng):
     angle = rng.uniform(0, 2 * np.pi)
     return disk.moved(image, disk.radius * np.array([np.cos(angle), np.sin(angle)])[:, None, None])
 
 
 KINDS = {
-    "disk of 0": fill(0.0),
-    "disk of 0.4": fill(0.4),
-    "disk of 0.6": fill(0.6),
-    "disk of 1": fill(1.0),
-    "±0.25": brighten,
-    "noise": add_noise,
+    **{f"disk of {grey:g}": lambda image, *others, grey=grey: np.full_like(image, grey) for grey in (0, 0.4, 0.6, 1)},
+    "±0.25": lambda image, disk, other, rng: image + rng.choice([-0.25, 0.25]),
+    "noise": lambda image, disk, other, rng: image + rng.normal(0, 0.2, image.shape),
     "shuffled": shuffle,
     "sink": sink,
-    "half other": blend,
+    "half other": lambda image, disk, other, rng: (image + other) / 2,
     "shift": shift,
 }
 

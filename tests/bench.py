@@ -97,44 +97,32 @@ def print_header(devices):
 # --------------------------------------------------------------------------------------
 
 
-def make_pixelcnn(settings):
-    """The prior of a run on 32 slices a head, and what it is called in the table."""
-    labels, scores = (32, settings.scores) if settings.labels else (0, 0)
-    model = train.make_pixelcnn(settings, labels, scores)
-    height, width = model.grid
-    return model, f"{height}x{width}, K={model.num_embeddings}, {model.filters} filters"
-
-
-def told_of(model, pictures):
-    return {"labels": np.arange(pictures, dtype=np.int32) % model.num_labels} if model.num_labels else {}
-
-
-def bench_predict(settings):
-    """(a) for one network."""
-    model, name = make_pixelcnn(settings)
-    size, told = math.prod(model.grid), told_of(model, 50)
+def bench_sampling(settings, parts):
+    """(a) and (b) for the prior of a run on 32 slices a head."""
+    model = train.make_pixelcnn(settings, *((32, settings.scores) if settings.labels else ()))
+    (height, width), size = model.grid, math.prod(model.grid)
+    name = f"{height}x{width}, K={model.num_embeddings}, {model.filters} filters"
     positions = range(0, size, EVERY)
 
+    def told(pictures):
+        return {"labels": np.arange(pictures, dtype=np.int32) % 32} if settings.labels else {}
+
     def predict_per_position():
-        codes = np.zeros((50, *model.grid), "int32")
+        codes = np.zeros((50, height, width), "int32")
         for position in positions:
-            logits = model.predict({"codes": codes, **told}, verbose=0)
-            here = (slice(None), *divmod(position, model.grid[1]))
+            logits = model.predict({"codes": codes, **told(50)}, verbose=0)
+            here = (slice(None), *divmod(position, width))
             codes[here] = tfp.distributions.Categorical(logits=logits[here]).sample()
 
-    ours, theirs = measure(lambda: model.sample(50, seed=0, **told), predict_per_position)
-    against = f"{size} predicts ({len(positions)} timed, scaled)"
-    compare(f"(a) sample 50: {name}", ours, against, theirs * size / len(positions))
-
-
-def bench_passes(settings):
-    """(b) for one network."""
-    model, name = make_pixelcnn(settings)
-    told = told_of(model, 256)
-    codes = np.random.default_rng(0).integers(model.num_embeddings, size=(256, *model.grid), dtype="int32")
-    inputs, one_pass = tf.nest.map_structure(tf.constant, {"codes": codes, **told}), tf.function(model)
-    sampling, passing = measure(lambda: model.sample(256, seed=0, **told), lambda: one_pass(inputs))
-    compare(f"(b) sample 256: {name}", sampling, "a pass of this network over 256", passing, " passes")
+    if "a" in parts:
+        ours, theirs = measure(lambda: model.sample(50, seed=0, **told(50)), predict_per_position)
+        against = f"{size} predicts ({len(positions)} timed, scaled)"
+        compare(f"(a) sample 50: {name}", ours, against, theirs * size / len(positions))
+    if "b" in parts:
+        codes = np.random.default_rng(0).integers(model.num_embeddings, size=(256, height, width), dtype="int32")
+        inputs, one_pass = tf.nest.map_structure(tf.constant, {"codes": codes, **told(256)}), tf.function(model)
+        sampling, passing = measure(lambda: model.sample(256, seed=0, **told(256)), lambda: one_pass(inputs))
+        compare(f"(b) sample 256: {name}", sampling, "a pass of this network over 256", passing, " passes")
 
 
 def bench_part(name, textbook, ours, theirs, variables):
@@ -217,10 +205,8 @@ def main(arguments=None):
     options = parser.parse_args(arguments)
     print_header(modules.set_up_devices())
     for settings in (PUBLISHED, ORIGINAL):
-        if "a" in options.only:
-            bench_predict(settings)
-        if "b" in options.only:
-            bench_passes(settings)
+        if "a" in options.only or "b" in options.only:
+            bench_sampling(settings, options.only)
     if "c" in options.only:
         bench_parts(PUBLISHED)
     if "d" in options.only:

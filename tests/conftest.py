@@ -1,21 +1,29 @@
-"""What the tests share: phantom slices, and one tiny run that train.py and predict.py made of them.
+"""What the tests share: slices, the scripts as a user calls them, and what they leave behind.
 
 They run on the CPU, also where there is a GPU.
 """
 
+import contextlib
+import csv
+import functools
 import os
 import pathlib
+import re
 import subprocess
 import sys
+import zlib
 
+import numpy as np
 import pytest
+from PIL import Image
 
 # Before TensorFlow is imported, here and in the processes of the tests.
 os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
 os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # what XLA compiles runs once or twice
 
+import keras
+
 import dataset
-import train
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 # Small enough for seconds on a CPU, and every part of the default networks is in it.
@@ -24,6 +32,13 @@ TINY = [
     *("--pixelcnn-filters", "8", "--pixelcnn-blocks", "2", "--pixelcnn-epochs", "3"),
     *("--vqvae-batch-size", "32", "--pixelcnn-batch-size", "32", "--augmentations", "2", "--scores", "4"),
 ]
+TRAINED = ["config.json"] + [f"{name}{end}" for name in ("vqvae", "pixelcnn")
+                             for end in (".keras", "_history.csv", "_loss.png")]  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------
+# Slices
+# --------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
@@ -34,17 +49,95 @@ def phantoms(tmp_path_factory):
     return folder
 
 
+def write_slices(folder, names):
+    """An 8x8 picture for each name, of noise that depends on the name alone."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        pixels = np.random.default_rng(zlib.crc32(name.encode())).integers(0, 256, (8, 8), "uint8")
+        Image.fromarray(pixels).save(folder / name)
+
+
+def write_data(root, **cases):
+    """The layout of the real data, with two slices of each case: write_data(root, train=[1, 2], test=[3])."""
+    for split, numbers in cases.items():
+        names = [f"case_{case:03d}_slice_{index}.nii.png" for case in numbers for index in range(2)]
+        write_slices(root / f"keras_png_slices_{split}", names)
+    return root
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A folder of slices with nothing wrong in it, yet."""
+    return write_data(tmp_path / "keras_png_slices_data", train=[1, 2], validate=[402], test=[441])
+
+
+def cut(path, share=0.5):
+    """Leave the first part of a file, as a stopped download or a full disk does."""
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * share)])
+
+
+# --------------------------------------------------------------------------------------
+# The scripts, and what they leave
+# --------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def eagerly():
+    """Models are fitted without a graph: of a few steps, most of the time would go into tracing them."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(keras.Model, "compile", functools.partialmethod(keras.Model.compile, run_eagerly=True))
+        yield
+
+
 def run_script(script, *arguments, **options):
     """Run train.py or predict.py as a user does: the finished process, with its output as text."""
     command = [sys.executable, str(ROOT / script), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=240, **options)
 
 
-@pytest.fixture(scope="session")
-def finished_run(phantoms, tmp_path_factory):
-    """The folder of a tiny run, trained and measured. Not to be changed by a test: copy it."""
-    run = tmp_path_factory.mktemp("runs") / "a tiny run"
-    assert train.main(["--data", str(phantoms), "--run", str(run), *TINY]) == 0
-    predicted = run_script("predict.py", "--run", run, "--complete")
-    assert predicted.returncode == 0, predicted.stderr
-    return run
+def files_in(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def read_history(path):
+    """Rows without the seconds, which no two runs share."""
+    with open(path, newline="") as file:
+        return [{name: float(row[name]) for name in row if name != "seconds"} for row in csv.DictReader(file)]
+
+
+# Lines on stderr that are not the message: the usage that argparse puts before an error.
+USAGE = re.compile(r"usage: |\s")
+
+
+def assert_refused(script, code, stderr, *expected):
+    """Exit code 2, and one line that begins with the script's name and has all that is expected in it: that line."""
+    lines = [line for line in stderr.splitlines() if not USAGE.match(line)]
+    assert code == 2 and "Traceback" not in stderr
+    assert len(lines) == 1 and lines[0].startswith(f"{script}.py: "), stderr
+    for words in expected:
+        assert words in lines[0]
+    return lines[0]
+
+
+@pytest.fixture
+def refuse(capsys, monkeypatch):
+    """Call the main() of a script, which must refuse its arguments as `assert_refused` says."""
+
+    def check(script, arguments, *expected):
+        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py"])  # argparse begins its message with it
+        capsys.readouterr()
+        try:
+            code = script.main([str(argument) for argument in arguments])
+        except SystemExit as stop:
+            code = stop.code
+        printed = capsys.readouterr()
+        assert "done: " not in printed.out
+        return assert_refused(script.__name__, code, printed.err, *expected)
+
+    return check
+
+
+def cases(table):
+    """Rows of (name, ...) as parameters that pytest lists by their names."""
+    return [pytest.param(*rest, id=name) for name, *rest in table]
