@@ -457,7 +457,6 @@ class ResidualBlock(layers.Layer):
 
     def __init__(self, filters, dropout=0.0, zero_init=True, **kwargs):
         super().__init__(**kwargs)
-        self.filters = filters
         self.narrow = layers.Dense(filters // 2)  # on (B, h, w, C), Dense is the 1x1 convolution
         self.masked = MaskedConv2D(filters // 2, 3, "B")
         self.widen = layers.Dense(filters, kernel_initializer="zeros" if zero_init else "glorot_uniform")
