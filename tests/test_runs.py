@@ -19,7 +19,7 @@ import train
 
 # Wider layers and more steps than a tiny run has, so that something is learned.
 LONGER = [
-    *("--filters", "16", "32", "--vqvae-epochs", "12", "--vqvae-batch-size", "8", "--vqvae-learning-rate", "0.003"),
+    *("--filters", "16", "32", "--vqvae-epochs", "24", "--vqvae-batch-size", "8", "--vqvae-learning-rate", "0.003"),
     *("--pixelcnn-epochs", "16", "--pixelcnn-batch-size", "8"),
 ]
 PLAIN = ["report.json", "samples.npz", "samples.png", "reconstructions.png"]  # of predict.py without a flag
@@ -65,7 +65,7 @@ def test_run_holds_every_file_and_nothing_else(learned):
         assert config["finished"][name] == hashlib.sha256((learned.run / f"{name}.keras").read_bytes()).hexdigest()
 
 
-@pytest.mark.parametrize("name, epochs", [("vqvae", 12), ("pixelcnn", 16)])
+@pytest.mark.parametrize("name, epochs", [("vqvae", 24), ("pixelcnn", 16)])
 def test_kept_model_is_the_best_epoch_by_validation(name, epochs, learned):
     rows = read_history(learned.run / f"{name}_history.csv")
     assert [row["epoch"] for row in rows] == [*range(1, epochs + 1)]
@@ -192,8 +192,9 @@ def nearest(images, seen):
 
 
 def test_the_models_learn(learned):
-    """Of three heads, what holds for another one."""
-    assert learned.report["reconstruction"]["ssim_mean"] > 0.6
+    """Of three heads, what holds for another one: reconstructions are nearer than the mean slice of that number."""
+    of_number = learned.train.reshape(3, 32, 64, 64).mean(axis=0)
+    assert learned.report["reconstruction"]["ssim_mean"] > predict.ssim(learned.test[..., 0], of_number).mean() + 0.03
     prior = learned.report["prior"]
     assert prior["bits_per_image"] < 0.5 * prior["histogram_bits_per_image"]
 
