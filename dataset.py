@@ -412,16 +412,17 @@ def principal_components(images, count):
     return mean, axes * np.sign(axes[np.abs(axes).argmax(axis=0), range(count)])
 
 
-def standardised_components(images, count):
-    """`principal_components`, in which the scores of these images have a standard deviation of 1."""
-    mean, axes = principal_components(images, count)
-    return mean, axes / project(images, (mean, axes)).std(axis=0)
-
-
 def project(images, components):
     """Scores of images in principal components: (N, count)."""
     mean, axes = components
     return (images.reshape(len(images), -1) - mean).astype(np.float64) @ axes
+
+
+def principal_scores(images, count):
+    """What tells scores to the PixelCNN: a function, pictures -> float32 (N, count), by which `images` vary by 1."""
+    mean, axes = principal_components(images, count)
+    axes = axes / project(images, (mean, axes)).std(axis=0)
+    return lambda pictures: project(pictures, (mean, axes)).astype(np.float32)
 
 
 def shuffled_batches(examples, variants, batch_size, seed, epochs):

@@ -868,16 +868,16 @@ class AnomalyDetector:
     def measure(self, images, labels):
         """Nats of the codes (N, h, w), and the terms of the map, {name: float32 (N, H, W)}."""
 
-        def nats(images):
-            told = {"labels": labels, "scores": self.scores_of(images)}
-            return self.pixelcnn.nll(self.vqvae.encode(images), **told).numpy()
+        def nats(images, codes):
+            return self.pixelcnn.nll(codes, labels=labels, scores=self.scores_of(images)).numpy()
 
-        orders = [nats(images)]
+        codes, mirrored = self.vqvae.encode(images), images[:, ::-1]
+        orders = [nats(images, codes)]
         if self.mirror:  # what comes last in one raster order comes first in the other
-            orders.append(nats(images[:, ::-1])[:, ::-1])
+            orders.append(nats(mirrored, self.vqvae.encode(mirrored))[:, ::-1])
         terms = {
             "surprise": tf.image.resize(np.mean(orders, axis=0)[..., None], images.shape[1:3]).numpy(),
-            "residual": np.abs(images - self.vqvae.decode(self.vqvae.encode(images))),
+            "residual": np.abs(images - self.vqvae.decode(codes)),
             "level": np.abs(images - self.mean[labels]) / self.spread[labels],
         }
         return orders[0], {

@@ -546,11 +546,7 @@ def make_detector(options, config, vqvae, pixelcnn):
         (dataset.to_float(splits[name].images), splits[name].known_labels(pixelcnn.num_labels))
         for name in ("train", "validate")
     )
-    components = dataset.standardised_components(train[0], pixelcnn.num_scores)
-
-    def scores_of(images):
-        return dataset.project(images, components).astype(np.float32)
-
+    scores_of = dataset.principal_scores(train[0], pixelcnn.num_scores)
     return modules.AnomalyDetector(vqvae, pixelcnn, train, validate, config["settings"]["mirror"], scores_of)
 
 

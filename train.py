@@ -473,14 +473,14 @@ def encode_variants(vqvae, train, num_scores, settings):
     Returns: codes, the smallest integers that hold K, (N, V, h, w); standardised principal scores of each,
         float32 (N, V, num_scores); the changes of each, float32 (N, V, 6), see `dataset.augment`.
     """
-    components = dataset.standardised_components(dataset.to_float(train.images), num_scores)
+    scores_of = dataset.principal_scores(dataset.to_float(train.images), num_scores)
     heads, unchanged = dataset.heads_of(train), dataset.shown_variants(train.images, settings.mirror)
     variants = []
 
     def add_variant(pictures, changes):
         images = dataset.to_float(pictures)
         codes = vqvae.encode(images).numpy().astype(np.min_scalar_type(vqvae.num_embeddings - 1))
-        variants.append((codes, dataset.project(images, components).astype(np.float32), changes))
+        variants.append((codes, scores_of(images), changes))
 
     for pictures in unchanged:
         add_variant(pictures, np.zeros((len(pictures), dataset.NUM_CHANGES), np.float32))

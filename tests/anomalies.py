@@ -131,7 +131,7 @@ def interval(statistic, cases):
 
 
 def smooth(maps):
-    return ndimage.gaussian_filter(maps, (0, *[modules.AnomalyDetector.SMOOTHING] * 2))
+    return ndimage.gaussian_filter(maps, modules.AnomalyDetector.SMOOTHING, axes=(1, 2))
 
 
 def maps_of(detector, images, labels, clean_reconstructed):

@@ -270,7 +270,7 @@ def test_principal_components_are_those_of_the_singular_values(count):
     scores = dataset.project(images, (mean, axes))
     np.testing.assert_allclose(scores, (flat - flat.mean(axis=0)) @ axes, atol=1e-4)
     assert (np.diff(scores.var(axis=0)) < 0).all() and dataset.project(images, (mean, axes[:, :0])).shape == (count, 0)
-    standardised = dataset.project(images, dataset.standardised_components(images, 3))
+    standardised = dataset.principal_scores(images, 3)(images)
     np.testing.assert_allclose(standardised, scores / scores.std(axis=0), rtol=1e-6)
 
 

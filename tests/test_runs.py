@@ -363,13 +363,13 @@ def test_what_the_prior_is_told_belongs_to_what_it_is_shown(learned, tmp_path, m
     np.testing.assert_array_equal(batch["changes"], lower["changes"])  # of the whole head
 
     images = dataset.to_float(slices.images)
-    components = dataset.standardised_components(images, 16)
+    scores_of = dataset.principal_scores(images, 16)
 
     def matches(variant, changes):
         """Whether codes and scores are those of the slice, or of its mirror image, changed like this."""
         for image in (slices.images[41], slices.images[41, ::-1]):
             picture = dataset.to_float(dataset.change(image, changes[:-1]) if changes.any() else image)[None]
-            scores = dataset.project(picture, components)[0]
+            scores = scores_of(picture)[0]
             agreeing = (learned.vqvae.encode(picture)[0].numpy() == batch["codes"][variant]).mean()
             if agreeing > 0.98 and np.abs(scores - batch["scores"][variant]).max() < 0.02:
                 return True

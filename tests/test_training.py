@@ -294,7 +294,7 @@ def test_slices_without_a_name_do_not_narrow_the_drawn_scores(tmp_path, monkeypa
     monkeypatch.setattr(train, "fit", lambda stage, make_model, *others: made.append(make_model()))
     train.fit_pixelcnn(tmp_path, settings, train.make_vqvae(settings), splits["train"], splits["validate"])
     images = dataset.to_float(splits["train"].images)
-    scores = dataset.project(images, dataset.standardised_components(images, 2))
+    scores = dataset.principal_scores(images, 2)(images)
     for label in (0, 1):
         of_heads, drawn = scores[splits["train"].labels == label], made[0].draw_scores(np.full(5000, label), seed=0)
         np.testing.assert_allclose(np.std(drawn, axis=0), of_heads.std(axis=0, ddof=1), rtol=0.1)
