@@ -20,45 +20,50 @@ import argparse
 import contextlib
 import csv
 import dataclasses
+import functools
 import hashlib
+import importlib.util
 import itertools
 import json
 import os
 import pathlib
 import re
-import shlex
-import shutil
 import sys
+import tempfile
 import warnings
 from concurrent import futures
 
+# Before the libraries are imported: Keras runs on TensorFlow, whatever keras.json says; no line of TensorFlow about
+# cards that are not there; and no plots through a notebook, which hands its backend to processes that cannot have it.
+os.environ["KERAS_BACKEND"] = "tensorflow"
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+if "matplotlib_inline" in os.environ.get("MPLBACKEND", "") and importlib.util.find_spec("matplotlib_inline") is None:
+    del os.environ["MPLBACKEND"]
+
 import keras
+import matplotlib.style
 import nibabel
 import numpy as np
-import scipy.linalg
 import tensorflow as tf
+from PIL import ExifTags, Image
 from scipy import ndimage
 
 SPLITS = ("train", "validate", "test")
-IMAGE_SIZE = 64  # pixels a side, after resizing
 HELD_OUT = 10  # without a validate folder, one subject in this many is held out of train
+PHANTOM = "phantom.txt"  # marks a folder of phantoms
 
 
 @dataclasses.dataclass
 class Slices:
     """The slices of one split, ordered by case and slice number."""
 
-    images: np.ndarray  # uint8 [0, 255], (N, 64, 64)
+    images: np.ndarray  # uint8 [0, 255], (N, H, W)
     names: np.ndarray  # file names (N,)
     cases: np.ndarray  # number of the subject, int32 (N,); -1 where the name does not tell
-    labels: np.ndarray  # slice number, int32 (N,); -1 where the name does not tell
+    slice_numbers: np.ndarray  # int32 (N,); -1 where the name does not tell
 
     def __getitem__(self, chosen):
-        return Slices(self.images[chosen], self.names[chosen], self.cases[chosen], self.labels[chosen])
-
-    def known_labels(self, num_labels):
-        """The slice numbers below `num_labels`, else -1: int32 (N,)."""
-        return np.where(self.labels < num_labels, self.labels, -1).astype(np.int32)
+        return Slices(self.images[chosen], self.names[chosen], self.cases[chosen], self.slice_numbers[chosen])
 
     @property
     def subjects(self):
@@ -83,7 +88,7 @@ def find_data(folder):
         if (candidate / "keras_png_slices_train").is_dir():
             return candidate
     problem = "no folder keras_png_slices_train in it, nor one level down" if folder.is_dir() else "no such folder"
-    raise UserError(f"{folder}: {problem}; name the unzipped keras_png_slices_data (or try train.py --demo)")
+    raise UserError(f"{folder}: {problem}; name the unzipped keras_png_slices_data by --data, or try train.py --demo")
 
 
 def parse_name(name):
@@ -111,42 +116,64 @@ def list_slices(folder, remedy="unzip the data again"):
     return sorted(paths, key=lambda path: (parse_name(path.name), path.name))
 
 
-def read_slice(path):
-    """One image file -> its grey image, area-averaged to uint8 (64, 64)."""
+def read_slice(path, image_size):
+    """One image file -> its grey image, area-averaged to uint8 (image_size, image_size)."""
     image = tf.io.decode_image(tf.io.read_file(path), channels=1, expand_animations=False)
-    image = tf.image.resize(image, (IMAGE_SIZE, IMAGE_SIZE), method="area")
+    image = tf.image.resize(image, (image_size, image_size), method="area")
     return tf.cast(tf.round(image[..., 0]), tf.uint8)
 
 
 def is_broken(path):
     try:
-        read_slice(os.fsencode(path))
+        read_slice(os.fsencode(path), 1)
     except tf.errors.OpError:
         return True
     return False
 
 
-def read_images(paths, name):
-    """Decode files in parallel: list of paths -> uint8 (N, 64, 64). Every broken file is reported."""
+def is_turned(path):
+    """Whether a viewer shows this JPEG turned or mirrored, by its EXIF orientation."""
+    with contextlib.suppress(OSError), Image.open(path) as image:
+        return image.format == "JPEG" and image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+    return False
+
+
+def read_images(paths, name, image_size):
+    """Decode files in parallel: list of paths -> uint8 (N, image_size, image_size). Every unusable file is reported."""
+
+    def refuse(files, problem, remedy):
+        names = ", ".join(str(path) for path in files[:10])
+        raise UserError(f"{len(files)} {problem} image file(s), {remedy}: {names}")
+
+    if turned := [path for path in paths if path.suffix.lower() != ".png" and is_turned(path)]:
+        refuse(turned, "turned (by EXIF)", "save upright")
     print(f"{name}: reading {len(paths)} slices")
     decoded = tf.data.Dataset.from_tensor_slices([os.fsencode(path) for path in paths])
-    decoded = decoded.map(read_slice, num_parallel_calls=tf.data.AUTOTUNE).batch(256).prefetch(2)
+    read = functools.partial(read_slice, image_size=image_size)
+    decoded = decoded.map(read, num_parallel_calls=tf.data.AUTOTUNE).batch(256).prefetch(2)
     try:
         return np.concatenate([batch.numpy() for batch in progress(decoded, "batch")])
     except tf.errors.OpError:
-        broken = [path for path in paths if is_broken(path)]
-        names = ", ".join(str(path) for path in broken[:10])
-        raise UserError(f"{len(broken)} unreadable image file(s), restore or delete them: {names}") from None
+        refuse([path for path in paths if is_broken(path)], "unreadable", "restore or delete")
 
 
-def load_split(folder, label):
+def load_split(folder, name, image_size=64):
     """Every slice of one split folder, as `Slices`."""
     paths = list_slices(folder)
-    cases, labels = np.array([parse_name(path.name) for path in paths], np.int32).T
-    return Slices(read_images(paths, label), np.array([path.name for path in paths]), cases, labels)
+    cases, slice_numbers = np.array([parse_name(path.name) for path in paths], np.int32).T
+    images = read_images(paths, name, image_size)
+    if (images.min(axis=(1, 2)) == images.max(axis=(1, 2))).all():
+        raise UserError(f"{folder}: each of its {len(images)} slices is of one grey; unzip the data again")
+    if images.max() < 64:
+        warnings.warn(
+            f"{folder}: the brightest pixel is {images.max()} of 255 (12 bits in a 16-bit PNG look like this); "
+            "write slices that are bright in a viewer",
+            stacklevel=3,
+        )
+    return Slices(images, np.array([path.name for path in paths]), cases, slice_numbers)
 
 
-def load(folder, splits=SPLITS):
+def load(folder, splits=SPLITS, image_size=64):
     """Read the splits of the data in `folder`, or one level down: {name: Slices}.
 
     Without a validate folder, the last tenth of train's subjects is held out for it.
@@ -156,7 +183,7 @@ def load(folder, splits=SPLITS):
     for name in splits:
         split_folder = root / f"keras_png_slices_{name}"
         if split_folder.is_dir():
-            loaded[name] = load_split(split_folder, name)
+            loaded[name] = load_split(split_folder, name, image_size)
         elif name != "validate":
             raise UserError(f"{root}: no folder {split_folder.name} in it; unzip the data again")
 
@@ -170,17 +197,24 @@ def load(folder, splits=SPLITS):
         loaded["train"], loaded["validate"] = hold_out(loaded["train"])
     for name, split in loaded.items():
         subjects = f" of {split.subjects} subjects" if split.subjects else ""
-        print(f"{name}: {len(split.images)} slices{subjects}, {IMAGE_SIZE}x{IMAGE_SIZE}, "
+        print(f"{name}: {len(split.images)} slices{subjects}, {image_size}x{image_size}, "
               f"uint8 {split.images.min()} to {split.images.max()}")  # fmt: skip
     return loaded
 
 
+def is_phantom(folder):
+    """Whether the data in `folder`, or one level down, are phantoms."""
+    return (find_data(folder) / PHANTOM).exists()
+
+
 def hold_out(train):
-    """Split train into (train, validate) by whole subjects, or by slices where names do not tell: about a tenth."""
-    heads = heads_of(train)
-    count = heads.max() + 1
-    held_out = heads >= count - max(1, count // HELD_OUT)
-    if held_out.all():
+    """Split train into (train, validate): a tenth of the subjects, and of the slices whose names tell no subject."""
+    heads, named, held_out = heads_of(train), train.cases >= 0, np.zeros(len(train.cases), bool)
+    for group in (named, ~named):
+        members = np.unique(heads[group])
+        if len(members) > 1:
+            held_out |= np.isin(heads, members[-max(1, len(members) // HELD_OUT) :])
+    if not held_out.any():
         raise UserError("only one subject in train and no validate folder: nothing left to train on; add subjects")
     return train[~held_out], train[held_out]
 
@@ -197,20 +231,24 @@ def fingerprint(loaded):
     }
 
 
-def write_data(folder, splits, head):
-    """Write a new folder of slices, which appears complete or not at all: {split: cases}, case -> uint8 (L, H, W)."""
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+def write_data(folder, splits, head, marker=None):
+    """Write a new folder of slices, which appears complete or not at all.
+
+    Args: the folder; {split: cases}; case -> uint8 (L, H, W); the name of an empty file that goes into it.
+    """
     heads = [(split, case) for split, cases in splits.items() for case in cases]
-    try:
-        with told_if_it_fails(folder):
+    with write_errors(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f"{folder.name}.partial", dir=folder.parent) as partial:
+            whole = pathlib.Path(partial) / folder.name
+            whole.mkdir()
             for split, case in progress(heads, "head"):
                 for index, picture in enumerate(head(case)):
-                    path = partial / f"keras_png_slices_{split}" / f"case_{case:03d}_slice_{index}.nii.png"
+                    path = whole / f"keras_png_slices_{split}" / f"case_{case:03d}_slice_{index}.nii.png"
                     tf.io.write_file(str(path), tf.io.encode_png(picture[..., None]))  # makes the folders too
-            partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+            if marker:
+                (whole / marker).touch()
+            whole.rename(folder)
 
 
 # --------------------------------------------------------------------------------------
@@ -260,7 +298,6 @@ def find_heads(folder):
 
     A subject's second visit and repeated scans are the same head again, and would leak from split to split.
     """
-    folder = pathlib.Path(folder)
     if not folder.is_dir():
         raise UserError(f"--from {folder}: no such folder; name the one that OASIS-1 was unpacked into")
     paths = sorted(folder.rglob("*"))
@@ -325,7 +362,6 @@ def split_cases(cases):
 
 def import_oasis(folder, target):
     """Write 32 slices of every head in `folder` to the new folder `target`, which appears complete or not at all."""
-    target = pathlib.Path(target)
     if target.exists():
         raise UserError(f"{target} exists: name another folder, or delete it first")
     source, heads = find_heads(folder)
@@ -336,49 +372,8 @@ def import_oasis(folder, target):
 
 
 # --------------------------------------------------------------------------------------
-# What the models are shown
+# Heads, augmentation and batches
 # --------------------------------------------------------------------------------------
-
-
-def shown_variants(images, mirror):
-    """Unchanged slices as a model is shown them: [(N, H, W)] as they are, and mirrored where `mirror` says so.
-
-    The heads lie on their side: up and down of a slice are left and right of the head.
-    """
-    return [images] + [images[:, ::-1]] * mirror
-
-
-# What `augment` changes at most: pixels down and across, degrees, growth, and ln gamma.
-CHANGE_LIMITS = np.array([2, 2, 4, 0.04, 0.12])
-NUM_CHANGES = len(CHANGE_LIMITS) + 1  # numbers that tell of a copy: those, and a 1
-
-
-def change(image, amounts):
-    """One slice shifted, turned, scaled (cubic splines), lighter or darker: uint8 (H, W) -> the same."""
-    *shift, turn, growth, gamma = amounts * CHANGE_LIMITS
-    cos, sin = np.cos(np.radians(turn)), np.sin(np.radians(turn))
-    matrix = np.array([[cos, -sin], [sin, cos]]) / (1 + growth)  # from the new picture to the old
-    centre = (np.array(image.shape) - 1) / 2
-    offset = centre - matrix @ (centre + shift)
-    moved = ndimage.affine_transform(image / np.float32(255), matrix, offset, order=3).clip(0, 1)
-    return np.rint(255 * moved ** np.exp(gamma)).astype(np.uint8)
-
-
-def augment(images, heads, seed):
-    """A changed copy of each slice, all slices of a head changed alike; and the changes.
-
-    Args:
-        images: uint8 (N, H, W).
-        heads: int (N,), which of them belong together.
-        seed: int, or several.
-
-    Returns: uint8 (N, H, W); float32 (N, 6): five uniform numbers from -1 to 1, how much of each of
-        CHANGE_LIMITS was applied, and a 1, where a slice as it is has six zeros.
-    """
-    amounts = np.random.default_rng(seed).uniform(-1, 1, (max(heads) + 1, len(CHANGE_LIMITS)))[heads]
-    with futures.ThreadPoolExecutor(os.cpu_count()) as threads:  # scipy.ndimage lets them run side by side
-        changed = list(threads.map(change, images, amounts))
-    return np.stack(changed), np.pad(amounts, [[0, 0], [0, 1]], constant_values=1).astype(np.float32)
 
 
 def heads_of(slices):
@@ -388,41 +383,53 @@ def heads_of(slices):
     return np.unique(cases, return_inverse=True)[1]
 
 
-def slices_below(slices):
-    """Index of the slice below in the same head, which is the one before, or -1 where there is none: int32 (N,)."""
-    follows = (np.diff(slices.cases, prepend=-1) == 0) & (np.diff(slices.labels, prepend=-1) == 1)
-    return np.where(follows, np.arange(len(follows)) - 1, -1).astype(np.int32)
+def slices_below(cases, labels):
+    """Index of the slice of the next lower label in the same head, -1 where there is none: int (N,) twice -> (N,)."""
+    heads = list(zip(cases.tolist(), labels.tolist()))
+    places = {head: index for index, head in enumerate(heads)}
+    lower = [places.get((case, label - 1), -1) for case, label in heads]
+    return np.where((cases < 0) | (labels < 1), -1, lower).astype(np.int32)
 
 
-def principal_components(images, count):
-    """Mean (P,) and the leading principal components (P, count) of the P pixels, the first one first.
+def with_mirrored(images, mirror):
+    """[images (N, H, W)], and their mirror images too where `mirror` says so.
 
-    The largest entry of each is positive, so that they have the same signs on every machine.
+    The heads lie on their side: up and down of a slice are left and right of the head.
     """
-    pixels = images.reshape(len(images), -1)
-    mean = pixels.mean(axis=0)
-    if not count:
-        return mean, np.zeros((len(mean), 0))
-    few = len(pixels) < len(mean)  # slices, so that their products with one another are the smaller matrix
-    centred = (pixels - mean).astype(np.float64 if few else np.float32)
-    products = centred @ centred.T if few else centred.T @ centred
-    vectors = scipy.linalg.eigh(products, subset_by_index=[len(products) - count, len(products) - 1])[1][:, ::-1]
-    axes = centred.T @ vectors if few else vectors
-    axes /= np.linalg.norm(axes, axis=0)
-    return mean, axes * np.sign(axes[np.abs(axes).argmax(axis=0), range(count)])
+    return [images] + [images[:, ::-1]] * mirror
 
 
-def project(images, components):
-    """Scores of images in principal components: (N, count)."""
-    mean, axes = components
-    return (images.reshape(len(images), -1) - mean).astype(np.float64) @ axes
+# What `augment` changes at most: shares of the side down and across, degrees, growth, and ln gamma.
+CHANGE_LIMITS = np.array([1 / 32, 1 / 32, 4, 0.04, 0.12])
+NUM_CHANGES = len(CHANGE_LIMITS) + 1  # numbers that describe a copy: those, and a 1
 
 
-def principal_scores(images, count):
-    """What tells scores to the PixelCNN: a function, pictures -> float32 (N, count), by which `images` vary by 1."""
-    mean, axes = principal_components(images, count)
-    axes = axes / project(images, (mean, axes)).std(axis=0)
-    return lambda pictures: project(pictures, (mean, axes)).astype(np.float32)
+def change(image, amounts):
+    """One slice shifted, turned, scaled (cubic splines), lighter or darker: uint8 (H, W) -> the same."""
+    down, across, turn, growth, gamma = amounts * CHANGE_LIMITS
+    cos, sin = np.cos(np.radians(turn)), np.sin(np.radians(turn))
+    matrix = np.array([[cos, -sin], [sin, cos]]) / (1 + growth)  # from the new picture to the old
+    centre = (np.array(image.shape) - 1) / 2
+    offset = centre - matrix @ (centre + np.array(image.shape) * (down, across))
+    moved = ndimage.affine_transform(image / np.float32(255), matrix, offset, order=3).clip(0, 1)
+    return np.rint(255 * moved ** np.exp(gamma)).astype(np.uint8)
+
+
+def augment(images, heads, seed):
+    """A changed copy of each slice, all slices of a head changed alike; and the changes.
+
+    Args:
+        images: uint8 (N, H, W).
+        heads: int (N,) from 0, the same for slices of one head.
+        seed: int, or several.
+
+    Returns: uint8 (N, H, W); float32 (N, 6): five uniform numbers from -1 to 1, how much of each of
+        CHANGE_LIMITS was applied, and a 1, where a slice as it is has six zeros.
+    """
+    amounts = np.random.default_rng(seed).uniform(-1, 1, (max(heads) + 1, len(CHANGE_LIMITS)))[heads]
+    with futures.ThreadPoolExecutor(os.cpu_count()) as threads:  # scipy.ndimage lets them run side by side
+        changed = list(threads.map(change, images, amounts))
+    return np.stack(changed), np.pad(amounts, [[0, 0], [0, 1]], constant_values=1).astype(np.float32)
 
 
 def shuffled_batches(examples, variants, batch_size, seed, epochs):
@@ -496,11 +503,11 @@ def write_phantom(folder, train=24, validate=4, test=4, seed=0):
     """Write that many phantom subjects to the new `folder` as PNGs, in the layout of the real data set."""
     cases = {"train": range(1, 1 + train), "validate": range(402, 402 + validate), "test": range(441, 441 + test)}
     print(f"drawing {train + validate + test} head phantoms into {folder}")
-    write_data(pathlib.Path(folder), cases, lambda case: phantom_slices(np.random.default_rng((seed, case))))
+    write_data(pathlib.Path(folder), cases, lambda case: phantom_slices(np.random.default_rng((seed, case))), PHANTOM)
 
 
 # --------------------------------------------------------------------------------------
-# Files of a run, progress and errors
+# Errors, whole files and progress bars, for all scripts
 # --------------------------------------------------------------------------------------
 
 
@@ -508,12 +515,23 @@ class UserError(Exception):
     """Something the user can mend; shown as one line, without a traceback."""
 
 
-def exit_code(script, work, *arguments):
-    """work(*arguments) -> 0; else what is wrong is told in one line, and 2, or 130 where the user stopped it."""
+def run_script(script, work, *arguments):
+    """Call work(*arguments), whose errors end in one line: the exit code, which is 0, 2, or 130 after Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # that of a notebook has not
+            stream.reconfigure(errors="backslashreplace")  # file names may have letters that the console has not
     try:
-        work(*arguments)
+        if keras.backend.backend() != "tensorflow":
+            raise UserError(
+                f"Keras already runs on {keras.backend.backend()} here: restart Python, and call this first"
+            )
+        with matplotlib.style.context("default"):  # whatever the user's matplotlibrc says
+            work(*arguments)
     except UserError as error:
         print(f"{script}: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"{script}: {error.filename}: {error.strerror or error}; mend that, then try again", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{script}: stopped; give the same command again", file=sys.stderr)
@@ -522,8 +540,8 @@ def exit_code(script, work, *arguments):
 
 
 @contextlib.contextmanager
-def told_if_it_fails(path):
-    """A full disk or a missing permission, while `path` is written, is told in one line."""
+def write_errors(path):
+    """A full disk or a missing permission, while `path` is written, becomes a `UserError` that names it."""
     try:
         yield
     except (OSError, tf.errors.OpError) as error:
@@ -533,8 +551,8 @@ def told_if_it_fails(path):
 
 def write_whole(path, write):
     """Call write(temporary path), then rename: a file under its final name is always complete."""
-    temporary = path.with_name(f"partial_{path.name}")
-    with told_if_it_fails(path):
+    temporary = path.with_name(f"partial{path.suffix}")
+    with write_errors(path):
         try:
             write(temporary)
             os.replace(temporary, path)
@@ -565,64 +583,38 @@ def write_table(path, header, rows):
     write_whole(path, write)
 
 
-def read_config(run):
-    """config.json of a run, as a dictionary; None where there is no run yet."""
-    path = run / "config.json"
-    if not path.exists():
-        return None
-    with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
-        config = json.loads(path.read_text())
-        if {"settings", "data", "versions", "finished"} <= config.keys() and "scores" in config["settings"]:
-            return config
-    raise UserError(
-        f"{path} is broken, or of an earlier version: choose another --run, or delete {shlex.quote(str(run))}"
-    )
+def write_figure(path, figure, dpi=100):
+    write_whole(path, lambda temporary: figure.savefig(temporary, dpi=dpi, format="png"))
 
 
-def file_checksum(path):
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def finished_model(run, name):
-    """The model that a run was finished with, "vqvae" or "pixelcnn"; None where it is not finished.
-
-    Import `modules` before. Another model, or a damaged one, is refused: the codes of a run are those of one VQ-VAE.
-    """
-    expected, path = read_config(run)["finished"].get(name), run / f"{name}.keras"
-    if expected is None:
-        return None
-    if not path.exists() or file_checksum(path) != expected:
-        raise UserError(
-            f"{path} is not the model that this run was finished with: restore it, or train in another --run"
-        )
-    try:
-        return keras.saving.load_model(path, compile=False)
-    except (TypeError, ValueError) as error:
-        cause = str(error).strip().splitlines()[0]
-        raise UserError(f"{path} is of another version ({cause}): train in another --run") from error
-
-
-def progress_verbosity():
-    """Of Keras's bars: they move on a terminal, and are a single line in a log."""
+def verbosity():
+    """Of Keras's progress bars: they move on a terminal, and are a single line in a log."""
     return 1 if sys.stdout.isatty() else 2
 
 
 def progress(items, unit):
     """The items one by one, with a bar that moves when one is done with."""
-    bar = keras.utils.Progbar(len(items), unit_name=unit, verbose=progress_verbosity())
+    bar = keras.utils.Progbar(len(items), unit_name=unit, verbose=verbosity())
     for item in items:
         yield item
         bar.add(1)
 
 
+def folder(text):
+    """A folder on the command line, in which a shell leaves the ~ of --run=~/here."""
+    return pathlib.Path(text).expanduser()
+
+
 def main(arguments=None):
     parser = argparse.ArgumentParser(description="Print what a folder of slices holds, or make one out of OASIS-1.")
-    parser.add_argument("folder", nargs="?", default="keras_png_slices_data", help="the folder of slices (%(default)s)")
-    parser.add_argument("--from", dest="source", metavar="FOLDER", help="make it, out of the OASIS-1 in this folder")
+    data = {"nargs": "?", "type": folder, "default": "keras_png_slices_data"}
+    parser.add_argument("folder", help="the folder of slices (%(default)s)", **data)
+    source = "make it, out of the OASIS-1 in this folder"
+    parser.add_argument("--from", dest="source", metavar="FOLDER", type=folder, help=source)
     options = parser.parse_args(arguments)
     if options.source is None:
-        return exit_code("dataset.py", load, options.folder)
-    return exit_code("dataset.py", import_oasis, options.source, options.folder)
+        return run_script("dataset.py", load, options.folder)
+    return run_script("dataset.py", import_oasis, options.source, options.folder)
 
 
 if __name__ == "__main__":

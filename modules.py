@@ -1,4 +1,4 @@
-"""The two networks, a VQ-VAE for 64x64 slices and a PixelCNN prior over its codes; and the anomaly maps of both.
+"""The two networks, a VQ-VAE for brain slices and a PixelCNN prior over its codes; and the anomaly maps of both.
 
 References, cited below as [n]:
 [1] van den Oord, Vinyals, Kavukcuoglu: Neural Discrete Representation Learning, arXiv 1711.00937
@@ -20,13 +20,17 @@ K codes. An image is float32 in [0, 1], (B, H, W, 1); its codes are int32 in [0,
 
 import contextlib
 import inspect
+import os
+
+os.environ["KERAS_BACKEND"] = "tensorflow"  # before Keras is imported, and whatever keras.json says
 
 import keras
 import numpy as np
+import scipy.linalg
 import tensorflow as tf
 import tensorflow_probability as tfp
 from keras import layers
-from scipy import linalg, ndimage, signal
+from scipy import ndimage, signal
 
 
 def set_up_devices():
@@ -47,6 +51,23 @@ def set_up_devices():
     return f"running on one GPU, {name}{others}"
 
 
+@contextlib.contextmanager
+def keras_defaults():
+    """What is made inside is float32 with the channels last, whatever the user has set Keras to."""
+
+    def set_keras(policy, floatx, data_format):
+        keras.config.set_floatx(floatx)
+        keras.config.set_dtype_policy(policy)
+        keras.config.set_image_data_format(data_format)
+
+    before = keras.config.dtype_policy(), keras.config.floatx(), keras.config.image_data_format()
+    set_keras("float32", "float32", "channels_last")
+    try:
+        yield
+    finally:
+        set_keras(*before)
+
+
 register = keras.saving.register_keras_serializable(package="oasis")
 
 
@@ -61,13 +82,23 @@ class SavesItsArguments:
         return {**super().get_config(), **{name: getattr(self, name) for name in names}}
 
 
-def in_batches(function, inputs):
-    """function(inputs), a batch at a time, so that the memory it takes does not grow with N.
+def in_batches(function, inputs, verbose=0, size=256):
+    """Apply a function to a batch at a time, so that the memory it takes does not grow with N.
 
-    Args: inputs, an array (N, ...) or a dictionary of such. Returns: tensor (N, ...).
+    Args:
+        function: a batch of the inputs -> a tensor, or a dictionary of tensors, with the batch first.
+        inputs: an array (N, ...), or a dictionary of such.
+        verbose: 1 for a moving progress bar, 2 for one line, 0 for neither.
+        size: of a batch.
+
+    Returns: what the function returns, for all N.
     """
-    batches = tf.data.Dataset.from_tensor_slices(inputs).batch(256)
-    return tf.concat([function(batch) for batch in batches], axis=0)
+    batches = tf.data.Dataset.from_tensor_slices(inputs).batch(size)
+    bar, results = keras.utils.Progbar(len(batches), verbose=verbose, unit_name="batch"), []
+    for batch in batches:
+        results.append(function(batch))
+        bar.add(1)
+    return tf.nest.map_structure(lambda *parts: tf.concat(parts, axis=0), *results)
 
 
 # --------------------------------------------------------------------------------------
@@ -89,7 +120,7 @@ class CodebookUsage(keras.metrics.Metric):
     def __init__(self, num_embeddings, **kwargs):
         super().__init__(**kwargs)
         self.num_embeddings = num_embeddings
-        self.counts = self.add_variable((num_embeddings,), "zeros", name="counts")
+        self.counts = self.add_variable((num_embeddings,), "zeros", dtype="float32", name="counts")
 
     def update_state(self, codes, sample_weight=None):
         self.counts.assign_add(histogram(tf.reshape(codes, (-1,)), self.num_embeddings))
@@ -111,7 +142,7 @@ class VectorQuantizer(layers.Layer):
     term where the codebook is trained by gradient. With `ema_decay` the codebook instead follows
     the moving average of the latents that chose it [1, appendix A.1], and a code that is hardly
     chosen restarts at a random latent vector of the batch: so the codebook starts from data, and
-    codes that die come back.
+    codes that die come back. Distances, codebook and losses are float32 under every dtype policy.
 
     Args:
         num_embeddings: K, the number of codes.
@@ -119,7 +150,7 @@ class VectorQuantizer(layers.Layer):
         commitment_cost: beta of [1, equation 3].
         ema_decay: gamma of [1, appendix A.1]; None trains the codebook by gradient [1, equation 3].
 
-    Shapes: latents (..., D) -> the nearest codebook vectors, float32 (..., D).
+    Shapes: latents (..., D) -> the nearest codebook vectors (..., D).
     """
 
     # A code is dead while it is chosen less than this often, 1 being the even share of B*h*w / K.
@@ -146,15 +177,17 @@ class VectorQuantizer(layers.Layer):
             shape=shape,
             initializer=keras.initializers.RandomUniform(-0.05, 0.05),
             trainable=self.ema_decay is None,
+            autocast=False,
         )
         if self.ema_decay is not None:
-            state = {"trainable": False, "initializer": "zeros"}
+            state = {"trainable": False, "initializer": "zeros", "autocast": False}
             self.ema_counts = self.add_weight(name="ema_counts", shape=shape[:1], **state)
             self.ema_sums = self.add_weight(name="ema_sums", shape=shape, **state)
             # int64: on a GPU machine int32 variables stay on the host, where a step compiled by XLA cannot read them.
             self.ema_steps = self.add_weight(name="ema_steps", shape=(), dtype="int64", **state)
 
     def call(self, latents, training=False):
+        latents = tf.cast(latents, tf.float32)
         codes = self.nearest(latents)
         quantized = self.lookup(codes)
         self.usage.update_state(codes)
@@ -169,10 +202,10 @@ class VectorQuantizer(layers.Layer):
             if training:
                 self.move_codebook(tf.stop_gradient(latents), codes)
 
-        return latents + tf.stop_gradient(quantized - latents)
+        return tf.cast(latents + tf.stop_gradient(quantized - latents), self.compute_dtype)
 
     def nearest(self, latents):
-        """Index of the nearest codebook vector by L2: (..., D) -> int32 (...)."""
+        """Index of the nearest codebook vector by L2: float32 (..., D) -> int32 (...)."""
         flat = tf.reshape(latents, (-1, self.embedding_dim))
         codebook = tf.convert_to_tensor(self.codebook)
         # |z - e|^2 without |z|^2, which is the same for every code: (N, K).
@@ -248,7 +281,8 @@ def ssim(images, others):
     11x11 Gaussian window is two products with a band matrix.
     """
     window = signal.windows.gaussian(11, 1.5)
-    band = linalg.convolution_matrix(window / window.sum(), images.shape[1] - 10).T.astype("float32")  # (H - 10, H)
+    # (H - 10, H)
+    band = scipy.linalg.convolution_matrix(window / window.sum(), images.shape[1] - 10).T.astype("float32")
 
     def blur(maps):
         return tf.matmul(band, tf.matmul(maps, band, transpose_b=True))
@@ -273,7 +307,7 @@ class VQVAE(SavesItsArguments, keras.Model):
 
     Args:
         num_embeddings, embedding_dim, commitment_cost, ema_decay: see `VectorQuantizer`.
-        image_size: H = W, in pixels.
+        image_size: H = W, in pixels; with `ssim_weight` 11 at least, the SSIM window.
         filters: width of each stride-2 convolution of the encoder, outermost first. The latent
             grid has H / 2**len(filters) rows and columns.
         kernel_size: of the strided convolutions.
@@ -282,6 +316,7 @@ class VQVAE(SavesItsArguments, keras.Model):
         data_variance: variance of the training pixels, the unit of the squared error, as in [4].
     """
 
+    @keras_defaults()
     def __init__(
         self,
         num_embeddings,
@@ -320,6 +355,7 @@ class VQVAE(SavesItsArguments, keras.Model):
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         """The loss of a batch of images x, reconstructed as y_pred; its terms are logged by name."""
+        x = tf.cast(x, y_pred.dtype)  # Keras gives it the user's floatx
         terms = {
             "reconstruction_loss": tf.reduce_mean(tf.square(x - y_pred)) / self.data_variance,
             "quantizer_loss": tf.add_n(self.losses),
@@ -330,13 +366,13 @@ class VQVAE(SavesItsArguments, keras.Model):
             self.terms[name].update_state(value, sample_weight=tf.shape(x)[0])
         return tf.add_n(list(terms.values()))
 
-    def encode(self, images):
+    def encode(self, images, verbose=0):
         """Codes of images: float32 (B, H, W, 1) in [0, 1] -> int32 (B, h, w) in [0, K)."""
-        return in_batches(self.encode_batch, images)
+        return in_batches(self.encode_batch, images, verbose)
 
-    def decode(self, codes):
+    def decode(self, codes, verbose=0):
         """Images of codes: int32 (B, h, w) in [0, K) -> float32 (B, H, W, 1), clipped to [0, 1]."""
-        return in_batches(self.decode_batch, codes)
+        return in_batches(self.decode_batch, codes, verbose)
 
     @tf.function(reduce_retracing=True)
     def encode_batch(self, images):
@@ -348,7 +384,7 @@ class VQVAE(SavesItsArguments, keras.Model):
 
 
 # --------------------------------------------------------------------------------------
-# PixelCNN
+# The layers of the PixelCNN
 # --------------------------------------------------------------------------------------
 
 
@@ -395,11 +431,11 @@ class MaskedConv2D(layers.Layer):
     def call(self, inputs):
         k, r = self.kernel_size, self.kernel_size // 2
         taps, channels, filters = self.kernel.shape
-        hidden = tf.zeros(((r + 1) * k - taps, channels, filters))
-        kernel = tf.reshape(tf.concat([self.kernel, hidden], axis=0), (r + 1, k, channels, filters))
+        kernel = tf.pad(tf.cast(self.kernel, inputs.dtype), [[0, (r + 1) * k - taps], [0, 0], [0, 0]])
         # Padded by hand: a fifth faster on a CPU than the `padding` argument of conv2d.
         padded = tf.pad(inputs, [[0, 0], [r, 0], [r, r], [0, 0]])
-        return tf.nn.conv2d(padded, kernel, strides=1, padding="VALID") + self.bias
+        kernel = tf.reshape(kernel, (r + 1, k, channels, filters))
+        return tf.nn.conv2d(padded, kernel, strides=1, padding="VALID") + tf.cast(self.bias, inputs.dtype)
 
 
 @register
@@ -425,13 +461,13 @@ class MaskedCodeConv2D(MaskedConv2D):
         padded = tf.pad(codes, [[0, 0], [r, 0], [r, r]], constant_values=self.num_embeddings)
         offsets = [divmod(tap, k) for tap in range(self.taps)]
         visible = [padded[:, down : down + height, right : right + width] for down, right in offsets]
-        kernel = self.padded_kernel()
+        kernel, bias = self.padded_kernel(), tf.cast(self.bias, self.compute_dtype)
         # One tap after the other: half the time of a single look-up, whose result is `taps` times as large.
-        return tf.add_n([tf.gather(kernel[tap], codes) for tap, codes in enumerate(visible)]) + self.bias
+        return tf.add_n([tf.gather(kernel[tap], codes) for tap, codes in enumerate(visible)]) + bias
 
     def padded_kernel(self):
         """(taps, K + 1, filters): the last row of a tap, of zeros, is for "no code"."""
-        return tf.pad(tf.convert_to_tensor(self.kernel), [[0, 0], [0, 1], [0, 0]])
+        return tf.pad(tf.cast(self.kernel, self.compute_dtype), [[0, 0], [0, 1], [0, 0]])
 
     def step(self, rows, codes):
         """`call` at one position [5].
@@ -457,10 +493,17 @@ class ResidualBlock(layers.Layer):
 
     def __init__(self, filters, dropout=0.0, zero_init=True, **kwargs):
         super().__init__(**kwargs)
-        self.narrow = layers.Dense(filters // 2)  # on (B, h, w, C), Dense is the 1x1 convolution
-        self.masked = MaskedConv2D(filters // 2, 3, "B")
-        self.widen = layers.Dense(filters, kernel_initializer="zeros" if zero_init else "glorot_uniform")
-        self.drop = layers.SpatialDropout2D(dropout)
+        policy = {"dtype": self.dtype_policy}
+        self.narrow = layers.Dense(filters // 2, **policy)  # on (B, h, w, C), Dense is the 1x1 convolution
+        self.masked = MaskedConv2D(filters // 2, 3, "B", **policy)
+        self.widen = layers.Dense(filters, kernel_initializer="zeros" if zero_init else "glorot_uniform", **policy)
+        self.drop = layers.SpatialDropout2D(dropout, **policy)
+
+    def build(self, input_shape):
+        self.narrow.build(input_shape)
+        hidden_shape = (*input_shape[:-1], self.narrow.units)
+        self.masked.build(hidden_shape)
+        self.widen.build(hidden_shape)
 
     def call(self, x, training=False):
         hidden = tf.nn.relu(self.masked(tf.nn.relu(self.narrow(tf.nn.relu(x)))))
@@ -496,11 +539,12 @@ class RowContext(layers.Layer):
     def __init__(self, filters, dropout=0.0, **kwargs):
         super().__init__(**kwargs)
         self.filters = filters
-        self.narrow = layers.Dense(filters, activation="relu")
-        self.drop = layers.Dropout(dropout)
+        self.narrow = layers.Dense(filters, activation="relu", dtype=self.dtype_policy)
+        self.drop = layers.Dropout(dropout, dtype=self.dtype_policy)
 
     def build(self, input_shape):
         height, width, channels = input_shape[1:]
+        self.narrow.build(input_shape)
         self.is_above = np.repeat(np.tri(height, k=-1, dtype="float32"), width, axis=1)[..., None]  # (h, h w, 1)
         mean = self.is_above / np.maximum(self.is_above.sum(axis=1, keepdims=True), 1)
         self.weights_above = self.add_weight(
@@ -516,9 +560,10 @@ class RowContext(layers.Layer):
     def call(self, x, training=False):
         height, width = self.readout.shape[:2]
         features = tf.reshape(self.narrow(x), (-1, height * width, self.filters))  # (B, h w, F)
-        summary = tf.nn.relu(tf.einsum("rpf,bpf->brf", self.weights_above * self.is_above, features))
+        weights, readout, bias = (tf.cast(w, x.dtype) for w in (self.weights_above, self.readout, self.bias))
+        summary = tf.nn.relu(tf.einsum("rpf,bpf->brf", weights * tf.cast(self.is_above, x.dtype), features))
         summary = self.drop(summary, training=training)  # (B, h, F)
-        return x + tf.einsum("brf,rwfc->brwc", summary, self.readout) + self.bias
+        return x + tf.einsum("brf,rwfc->brwc", summary, readout) + bias
 
     def step(self, x, summary, row, column):
         """`call` at one position [5].
@@ -532,21 +577,225 @@ class RowContext(layers.Layer):
         return x + tf.matmul(tf.nn.relu(summary), self.readout[row, column]) + self.bias, added
 
 
+# --------------------------------------------------------------------------------------
+# What the PixelCNN is conditioned on
+# --------------------------------------------------------------------------------------
+
+# Standard deviation that the rounding to uint8 alone gives a component of pixels in [0, 1]: 1/255 is the step.
+ROUNDING = 1 / 255 / np.sqrt(12)
+
+
+def principal_components(images, count):
+    """Mean (P,) and the leading principal components (P, count) of the P pixels, the first one first.
+
+    Fewer, where what is left of the images varies by no more than the rounding of their pixels. The largest
+    entry of each is positive, so that they have the same signs on every machine.
+    """
+    pixels = images.reshape(len(images), -1)
+    mean = pixels.mean(axis=0)
+    few = len(pixels) < len(mean)  # images, so that their products with one another are the smaller matrix
+    centred = (pixels - mean).astype(np.float64 if few else np.float32)
+    products = centred @ centred.T if few else centred.T @ centred
+    first = max(0, len(products) - count)
+    variances, vectors = scipy.linalg.eigh(products, subset_by_index=[first, len(products) - 1])
+    vectors = vectors[:, variances / len(pixels) > ROUNDING**2][:, ::-1]
+    axes = centred.T @ vectors if few else vectors
+    axes /= np.linalg.norm(axes, axis=0)
+    return mean, axes * np.sign(axes[np.abs(axes).argmax(axis=0), range(axes.shape[1])])
+
+
+def project(images, components):
+    """Coordinates of images on principal components: (N, ...) -> float64 (N, count)."""
+    mean, axes = components
+    parts = np.array_split(images, len(images) // 1024 + 1)
+    return np.concatenate([(part.reshape(len(part), -1) - mean).astype(np.float64) @ axes for part in parts])
+
+
+@register
+class HeadScores(layers.Layer):
+    """What sets whole slices apart, such as brightness and shape: principal scores, and their Gaussian [7].
+
+    A score is the coordinate of a slice on a principal component of the training slices, whose scores have a standard
+    deviation of 1. The scores of all slices of a novel head are drawn at once, from a Gaussian of whole heads.
+
+    Args:
+        num_labels: L, the number of slices of a whole head.
+        num_scores: S, scores of a slice. Where the slices do not vary in as many ways, the last are 0.
+        num_pixels: of a slice.
+    """
+
+    MAX_HEADS = 384  # that the Gaussian is made of
+
+    def __init__(self, num_labels, num_scores, num_pixels, **kwargs):
+        super().__init__(trainable=False, **kwargs)
+        self.num_labels, self.num_scores, self.num_pixels = num_labels, num_scores, num_pixels
+        zeros = {"initializer": "zeros", "trainable": False, "autocast": False}
+        self.pixel_mean = self.add_weight(name="pixel_mean", shape=(num_pixels,), dtype="float32", **zeros)
+        self.axes = self.add_weight(name="axes", shape=(num_pixels, num_scores), dtype="float64", **zeros)
+        shape = (num_labels, num_scores)
+        self.means = self.add_weight(name="means", shape=shape, dtype="float32", **zeros)
+        self.factor = self.add_weight(name="factor", shape=(self.MAX_HEADS, *shape), dtype="float32", **zeros)
+        self.built = True
+
+    def fit(self, images, labels, heads):
+        """Fit the components and the Gaussian to the training slices.
+
+        Args: images, float32 (N, H, W, 1) in [0, 1]; labels, int (N,), -1 where not known; heads, int (N,), the same
+            for slices of one head.
+        """
+        mean, axes = principal_components(images, self.num_scores)
+        axes = axes / project(images, (mean, axes)).std(axis=0)
+        self.pixel_mean.assign(mean)
+        self.axes.assign(np.pad(axes, [[0, 0], [0, self.num_scores - axes.shape[1]]]))
+        known = labels >= 0
+        heads = np.unique(heads[known], return_inverse=True)[1]
+        table = np.full((heads.max() + 1, self.num_labels, self.num_scores), np.nan)
+        table[heads, labels[known]] = self.of(images[known])
+        self.fit_gaussian(table)
+
+    def fit_gaussian(self, table):
+        """Fit the Gaussian to the scores of heads (N, L, S), NaN where a head has no slice of that label.
+
+        For a slice that is not there, the deviation from the mean is interpolated between its neighbours, so that
+        the slices of a head stay together; then each label gets the variance of the slices that are there.
+        """
+        means, counts = np.nanmean(table, axis=0), np.isfinite(table).sum(axis=0)
+        deviations, places = table - means, np.arange(self.num_labels)
+        variances = np.nansum(deviations**2, axis=0) / np.maximum(counts - 1, 1)
+        for head in deviations:
+            missing = np.isnan(head[:, 0])
+            for scores in head.T:
+                scores[missing] = np.interp(places[missing], places[~missing], scores[~missing])
+        factor = deviations[: self.MAX_HEADS]
+        factor /= np.sqrt(max(len(factor) - 1, 1))  # factor^T factor is the covariance
+        found = np.sum(factor**2, axis=0)
+        scale = np.sqrt(np.divide(variances, found, where=(counts > 1) & (found > 0), out=np.ones_like(found)))
+        self.means.assign(means)
+        self.factor.assign(np.pad(factor * scale, [[0, self.MAX_HEADS - len(factor)], [0, 0], [0, 0]]))
+
+    def of(self, images):
+        """Scores of slices: float32 (N, H, W, 1) in [0, 1] -> float32 (N, S)."""
+        return project(np.asarray(images), (self.pixel_mean.numpy(), self.axes.numpy())).astype(np.float32)
+
+    def draw(self, labels, seed, streams=None):
+        """Scores of novel slices.
+
+        Args: labels, int (N,), -1 where not known; seed, int; streams, int (N,): slices of one stream and seed are of
+            the same head, whatever their labels; None for a head each.
+        Returns: float32 (N, S); NaN where the label is not known.
+        """
+        labels = np.asarray(labels)
+        streams = np.arange(len(labels)) if streams is None else np.asarray(streams)
+        draws = tf.random.stateless_normal((int(streams.max()) + 1, self.MAX_HEADS), (seed, -1))
+        heads = self.means + tf.tensordot(draws, tf.convert_to_tensor(self.factor), 1)  # (streams, L, S)
+        scores = tf.gather_nd(heads, np.stack([streams, np.maximum(labels, 0)], axis=1))
+        return tf.where(labels[:, None] < 0, np.float32("nan"), scores)
+
+
+@register
+class Conditioning(layers.Layer):
+    """All that is known of a slice beside its codes, as one map: the location dependent term of [3, section 2.3].
+
+    Every number has a map of its own, and so has a constant 1: a learned vector for each position. The codes of the
+    slice below go through two convolutions. In training each condition is hidden from a share of the slices, so
+    that the network does without it too.
+
+    Args:
+        grid, filters: (h, w), C of the map.
+        num_embeddings: K, of the slice below.
+        learned_position: whether there is the constant 1.
+        num_labels, num_scores, num_changes, below: of the conditions; 0 or False for one that is never known.
+
+    Call arguments: see `PixelCNN`; what stands for an unknown condition, `unknown` gives.
+    Returns: (B, h, w, filters); zeros where there is no condition.
+    """
+
+    HIDDEN = {"labels": 0.1, "scores": 0.5, "below": 0.5}  # noqa: RUF012, shares of the training examples
+    SCORE_NOISE = 0.1  # of the scores in training, so that none names a single training slice
+
+    def __init__(
+        self, grid, filters, num_embeddings, learned_position, num_labels, num_scores, num_changes, below, **kwargs
+    ):
+        super().__init__(**kwargs)
+        self.grid, self.filters, self.learned_position, self.below = tuple(grid), filters, learned_position, below
+        self.num_labels, self.num_scores, self.num_changes = num_labels, num_scores, num_changes
+        if below:
+            policy = {"dtype": self.dtype_policy}
+            self.below_network = keras.Sequential(
+                [
+                    keras.Input(self.grid, dtype="int32"),
+                    layers.Embedding(num_embeddings, 32, **policy),
+                    layers.Conv2D(32, 3, padding="same", activation="relu", **policy),
+                    layers.Conv2D(filters, 3, padding="same", **policy),
+                ]
+            )
+        self.seeds = keras.random.SeedGenerator()
+
+    def build(self, labels_shape, scores_shape, below_shape, changes_shape):
+        known = int(self.num_scores > 0)  # a number that says whether the scores are known
+        numbers = self.learned_position + self.num_labels + self.num_scores + known + self.num_changes
+        self.maps = self.add_weight(name="maps", shape=(numbers, *self.grid, self.filters), initializer="zeros")
+
+    def unknown(self, count):
+        """The conditions of `count` slices of which nothing is known."""
+        return {
+            "labels": tf.fill((count,), -1),
+            "scores": tf.fill((count, self.num_scores), np.float32("nan")),
+            "below": tf.fill((count, *self.grid), -1),
+            "changes": tf.zeros((count, self.num_changes)),
+        }
+
+    def call(self, labels, scores, below, changes, training=False):
+        count, dtype = tf.shape(labels)[0], self.compute_dtype
+        conditions, unknown = {"labels": labels, "scores": scores, "below": below}, self.unknown(count)
+
+        def seen(name):
+            if not training:
+                return conditions[name]
+            shape = [count] + [1] * (len(conditions[name].shape) - 1)
+            hidden = keras.random.uniform(shape, dtype="float32", seed=self.seeds) < self.HIDDEN[name]
+            return tf.where(hidden, tf.cast(unknown[name], conditions[name].dtype), conditions[name])
+
+        numbers = [tf.ones((count, int(self.learned_position)), dtype)]
+        if self.num_labels:
+            numbers.append(tf.one_hot(seen("labels"), self.num_labels, dtype=dtype))  # zeros for -1
+        if self.num_scores:
+            scores = seen("scores")
+            if training:
+                noise = keras.random.normal(tf.shape(scores), dtype="float32", seed=self.seeds)
+                scores += tf.cast(self.SCORE_NOISE * noise, scores.dtype)
+            known = tf.math.is_finite(scores)
+            scores = tf.where(known, scores, tf.zeros_like(scores))
+            numbers += [tf.cast(scores, dtype), tf.cast(known[:, :1], dtype)]
+        if self.num_changes:
+            numbers.append(tf.cast(changes, dtype))
+        added = tf.tensordot(tf.concat(numbers, axis=1), tf.cast(self.maps, dtype), 1)
+        if self.below:
+            codes = seen("below")
+            features = self.below_network(tf.maximum(codes, 0))
+            added += tf.where(codes[..., None] < 0, tf.zeros_like(features), features)
+        return added
+
+
+# --------------------------------------------------------------------------------------
+# PixelCNN
+# --------------------------------------------------------------------------------------
+
 CONTEXT_EVERY = 5  # residual blocks
-# Shares of the training examples from which something is hidden, so that it need not be known.
-LABELS_HIDDEN, SCORES_HIDDEN, BELOW_HIDDEN = 0.1, 0.5, 0.5
-SCORE_HEADS = 384  # heads, at most, whose scores the model carries
-SCORE_NOISE = 0.1  # of standardised scores in training, so that none names a single training slice
+
+
+def labels_of(slice_numbers, of_labels):
+    """Place of each slice number among those of the labels, which ascend: int32 (N,); -1 where it is none of them."""
+    labels = np.searchsorted(of_labels, slice_numbers)
+    return np.where(np.isin(slice_numbers, of_labels), labels, -1).astype(np.int32)
 
 
 @register
 class PixelCNN(SavesItsArguments, keras.Model):
-    """Autoregressive prior over a grid of codes: p(codes | told) = prod p(code | earlier codes, told) [2, equation 1].
+    """Autoregressive prior over a grid of codes: p(codes) = prod p(code | earlier codes) [2, equation 1].
 
-    A masked 7x7 convolution of type A, residual blocks, two ReLU-1x1 layers, and K logits. What is
-    told of a slice beside its codes becomes one map (h, w, filters), which is added after the first
-    layer: the location dependent conditioning of [3, section 2.3]. Every number that is told has a
-    map of its own; a constant 1 is told too, which is a learned vector for each grid position.
+    A masked 7x7 convolution of type A, residual blocks, two ReLU-1x1 layers, and K logits. Every factor can be
+    conditioned on what is known of the slice beside its codes, see `Conditioning`.
 
     `fit` takes what `call` takes, and minimises the mean of -ln p of a code, in nats.
 
@@ -557,18 +806,20 @@ class PixelCNN(SavesItsArguments, keras.Model):
         residual_blocks: 15 in [2, table 1].
         dropout, zero_init: see `ResidualBlock`.
         context_filters: channels of a `RowContext` before every fifth residual block; 0 for none.
-        learned_position: whether the constant 1 is told.
-        num_labels, num_scores, num_changes, tell_below: of what can be told; 0 or False where it never is.
+        learned_position: add a learned vector for each position.
+        num_labels, num_scores, num_changes, below: of the conditions; 0 or False for one that is never known.
+        slice_numbers: the number in the file names that each label stands for, ascending; None: the label itself.
+        image_size: of the slices that have the scores, in pixels.
 
-    Call arguments: codes, int32 (B, h, w) in [0, K), or a dictionary of them and, where known,
-        labels: int32 (B,) in [0, num_labels), the slice number; -1 where not known.
-        scores: float32 (B, num_scores), what sets the whole slice apart, such as its brightness [7]: leading
-            principal scores, standardised; NaN where not known.
+    Call arguments: codes, int32 (B, h, w) in [0, K), or a dictionary of them and, where known, of the conditions:
+        labels: int32 (B,) in [0, num_labels), which slice of a head it is; -1 where not known.
+        scores: float32 (B, num_scores), see `HeadScores`; NaN where not known.
         below: int32 (B, h, w) in [0, K), the codes of the slice below in the same head; -1 where not known.
         changes: float32 (B, num_changes), the augmentation [6]; zeros for a slice as it is.
-    Returns: logits, float32 (B, h, w, K); those at a position depend on earlier codes and on what is told.
+    Returns: logits, float32 (B, h, w, K); those at a position depend on earlier codes and on the conditions.
     """
 
+    @keras_defaults()
     def __init__(
         self,
         num_embeddings,
@@ -582,15 +833,18 @@ class PixelCNN(SavesItsArguments, keras.Model):
         num_labels=0,
         num_scores=0,
         num_changes=0,
-        tell_below=False,
+        below=False,
+        slice_numbers=None,
+        image_size=64,
         **kwargs,
     ):
         super().__init__(**kwargs)
         self.num_embeddings, self.grid, self.filters = num_embeddings, tuple(grid), filters
         self.residual_blocks, self.dropout, self.zero_init = residual_blocks, dropout, zero_init
         self.context_filters, self.learned_position = context_filters, learned_position
-        self.num_labels, self.num_scores = num_labels, num_scores
-        self.num_changes, self.tell_below = num_changes, tell_below
+        self.num_labels, self.num_scores, self.num_changes, self.below = num_labels, num_scores, num_changes, below
+        self.slice_numbers = list(range(num_labels)) if slice_numbers is None else list(map(int, slice_numbers))
+        self.image_size = image_size
         self.first = MaskedCodeConv2D(num_embeddings, filters, 7)
         self.blocks = [ResidualBlock(filters, dropout, zero_init) for _ in range(residual_blocks)]
         contexts = len(self.blocks[::CONTEXT_EVERY]) if context_filters else 0
@@ -600,88 +854,21 @@ class PixelCNN(SavesItsArguments, keras.Model):
             layers.Dense(filters, activation="relu"),
             layers.Dense(num_embeddings, name="logits"),
         ]
-        if tell_below:
-            self.from_below = keras.Sequential(
-                [
-                    keras.Input(self.grid, dtype="int32"),
-                    layers.Embedding(num_embeddings, 32),
-                    layers.Conv2D(32, 3, padding="same", activation="relu"),
-                    layers.Conv2D(filters, 3, padding="same"),
-                ]
-            )
-        self.seeds = keras.random.SeedGenerator()
-        numbers = self.learned_position + self.num_labels + (self.num_scores + 1) * bool(self.num_scores)
-        self.maps = self.add_weight(
-            name="told_maps", shape=(numbers + self.num_changes, *self.grid, filters), initializer="zeros"
+        self.conditioning = Conditioning(
+            grid, filters, num_embeddings, learned_position, num_labels, num_scores, num_changes, below
         )
-        if self.num_scores:  # of the distribution of the scores in a whole head, see `fit_scores`
-            shape = (self.num_labels, self.num_scores)
-            options = {"initializer": "zeros", "trainable": False}
-            self.score_means = self.add_weight(name="score_means", shape=shape, **options)
-            self.score_factor = self.add_weight(name="score_factor", shape=(SCORE_HEADS, *shape), **options)
+        if num_scores:
+            self.head_scores = HeadScores(num_labels, num_scores, image_size**2)
         self(np.zeros((1, *self.grid), np.int32))  # builds the layers
 
     def call(self, inputs, training=False):
-        told = dict(inputs) if isinstance(inputs, dict) else {"codes": inputs}
-        codes = tf.convert_to_tensor(told.pop("codes"))
-        if tf.executing_eagerly():
-            self.check(told, len(codes))
-        x = self.first(codes) + self.told_map(tf.shape(codes)[0], **told, training=training)  # (B, h, w, C)
+        codes, conditions = self.split(inputs)
+        x = self.first(codes) + self.conditioning(**conditions, training=training)  # (B, h, w, C)
         for i, block in enumerate(self.blocks):
             if self.contexts and i % CONTEXT_EVERY == 0:
                 x = self.contexts[i // CONTEXT_EVERY](x, training=training)
             x = block(x, training=training)
         return self.logits(x)
-
-    def nothing_told(self, count):
-        """What stands for what is not known of `count` slices."""
-        return {
-            "labels": tf.fill((count,), -1),
-            "scores": tf.fill((count, self.num_scores), np.float32("nan")),
-            "below": tf.fill((count, *self.grid), -1),
-            "changes": tf.zeros((count, self.num_changes)),
-        }
-
-    def told_map(self, count, training=False, **told):
-        """All that is told of `count` slices, see the class, as one map: (B, h, w, filters)."""
-        unknown = self.nothing_told(count)
-        told = unknown | told
-
-        def seen(name, hidden_share):
-            if not training:
-                return told[name]
-            shape = [count] + [1] * (len(unknown[name].shape) - 1)
-            hidden = keras.random.uniform(shape, seed=self.seeds) < hidden_share
-            return tf.where(hidden, unknown[name], told[name])
-
-        numbers = [tf.ones((count, int(self.learned_position)))]
-        if self.num_labels:
-            numbers.append(tf.one_hot(seen("labels", LABELS_HIDDEN), self.num_labels))  # zeros for -1
-        if self.num_scores:
-            scores = seen("scores", SCORES_HIDDEN)
-            if training:
-                scores += SCORE_NOISE * keras.random.normal(tf.shape(scores), seed=self.seeds)
-            known = tf.math.is_finite(scores)
-            numbers += [tf.where(known, scores, 0.0), tf.cast(known[:, :1], tf.float32)]
-        if self.num_changes:
-            numbers.append(told["changes"])
-        added = tf.tensordot(tf.concat(numbers, axis=1), tf.convert_to_tensor(self.maps), 1)
-        if self.tell_below:
-            below = seen("below", BELOW_HIDDEN)
-            added += tf.where(below[..., None] < 0, 0.0, self.from_below(tf.maximum(below, 0)))
-        return added
-
-    def check(self, told, count):
-        """Raise a ValueError where something told has a wrong shape, or is no label of this model."""
-        shapes = {"labels": (), "scores": (self.num_scores,), "below": self.grid, "changes": (self.num_changes,)}
-        for name, values in told.items():
-            if name not in shapes:
-                raise ValueError(f"only {', '.join(shapes)} can be told, not {name}")
-            if tuple(np.shape(values)) != (count, *shapes[name]):
-                raise ValueError(f"{name} must have shape {(count, *shapes[name])}, got {tuple(np.shape(values))}")
-        labels = np.append(told.get("labels", []), -1)
-        if not -1 <= labels.min() <= labels.max() < self.num_labels:
-            raise ValueError(f"labels must be from -1 to {self.num_labels - 1}, got {labels.min()} to {labels.max()}")
 
     def logits(self, x):
         """Features (..., C) -> logits (..., K)."""
@@ -690,49 +877,49 @@ class PixelCNN(SavesItsArguments, keras.Model):
             x = layer(x)
         return x
 
+    def split(self, inputs):
+        """Codes, or a dictionary of codes and some conditions -> the codes, and every condition."""
+        conditions = dict(inputs) if isinstance(inputs, dict) else {"codes": inputs}
+        codes = tf.convert_to_tensor(conditions.pop("codes"))
+        if tf.executing_eagerly():
+            self.check(conditions, len(codes))
+        return codes, self.conditioning.unknown(tf.shape(codes)[0]) | conditions
+
+    def check(self, conditions, count):
+        """Raise a ValueError where a condition has a wrong name or shape, or is no label of this model."""
+        shapes = {"labels": (), "scores": (self.num_scores,), "below": self.grid, "changes": (self.num_changes,)}
+        for name, values in conditions.items():
+            if name not in shapes:
+                raise ValueError(f"the conditions are {', '.join(shapes)}, not {name}")
+            if tuple(np.shape(values)) != (count, *shapes[name]):
+                raise ValueError(f"{name} must have shape {(count, *shapes[name])}, got {tuple(np.shape(values))}")
+        labels = np.append(conditions.get("labels", []), -1)
+        if not -1 <= labels.min() <= labels.max() < self.num_labels:
+            raise ValueError(f"labels must be from -1 to {self.num_labels - 1}, got {labels.min()} to {labels.max()}")
+
+    def labels_of(self, slice_numbers):
+        """Labels of the slice numbers of files: int (N,) -> int32 (N,); -1 for a number that the model has not."""
+        return labels_of(slice_numbers, self.slice_numbers)
+
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         """Mean negative log-likelihood of the codes in x under the logits y_pred, nats a code."""
         codes = x["codes"] if isinstance(x, dict) else x
         return -tf.reduce_mean(tfp.distributions.Categorical(logits=y_pred).log_prob(codes))
 
-    def nll(self, codes, **told):
-        """-ln p of every code given the earlier ones and what is told, see the class: float32 (B, h, w), nats."""
-        self.check(told, len(codes))
-        return in_batches(self.nll_batch, {"codes": codes, **self.nothing_told(len(codes)), **told})
+    def nll(self, codes, verbose=0, **conditions):
+        """-ln p of every code given the earlier ones and the conditions, see the class: float32 (B, h, w), nats."""
+        codes, conditions = self.split({"codes": codes, **conditions})
+        return in_batches(self.nll_batch, {"codes": codes, **conditions}, verbose)
 
     @tf.function(reduce_retracing=True)
     def nll_batch(self, inputs):
         return -tfp.distributions.Categorical(logits=self(inputs)).log_prob(inputs["codes"])
 
-    def fit_scores(self, scores, labels, heads):
-        """Fit the distribution that `draw_scores` draws from: a Gaussian of all the scores of a whole head.
-
-        Args: scores, float32 (N, num_scores); labels and numbers of the heads, int (N,) from 0. Of a head that has
-            no slice of some number, the mean is taken there.
-        """
-        table = np.ma.masked_all((max(heads) + 1, self.num_labels, self.num_scores), np.float32)
-        table[heads, labels] = scores
-        means = table.mean(axis=0).filled(0)  # 0 of a number that no head has
-        deviations = (table - means).filled(0)[:SCORE_HEADS]
-        factor = deviations / np.sqrt(max(len(deviations) - 1, 1))  # factor^T factor is their covariance
-        self.score_means.assign(means)
-        self.score_factor.assign(np.pad(factor, [[0, SCORE_HEADS - len(factor)], [0, 0], [0, 0]]))
-
     def draw_scores(self, labels, seed, streams=None):
-        """Scores of novel slices [7].
+        """Scores of novel slices, see `HeadScores.draw`."""
+        return self.head_scores.draw(labels, seed, streams)
 
-        Args: labels, int (N,), -1 where not known; seed; streams, see `sample`. Slices of one stream and seed
-            are of the same head, whatever their labels.
-        Returns: float32 (N, num_scores); NaN where the label is not known.
-        """
-        labels = np.asarray(labels)
-        streams = np.arange(len(labels)) if streams is None else np.asarray(streams)
-        draws = tf.random.stateless_normal((int(streams.max()) + 1, SCORE_HEADS), (seed, -1))
-        heads = self.score_means + tf.tensordot(draws, tf.convert_to_tensor(self.score_factor), 1)  # (streams, L, S)
-        scores = tf.gather_nd(heads, np.stack([streams, np.maximum(labels, 0)], axis=1))
-        return tf.where(labels[:, None] < 0, np.float32("nan"), scores)
-
-    def sample(self, num_samples, seed, temperature=1.0, known=None, streams=None, **told):
+    def sample(self, num_samples, seed, temperature=1.0, known=None, streams=None, verbose=0, **conditions):
         """Draw codes position by position, in raster order.
 
         Args:
@@ -742,7 +929,8 @@ class PixelCNN(SavesItsArguments, keras.Model):
             known: int32 (N, h, w) of codes to keep, -1 where one is to be drawn; None draws all.
             streams: int (N,), pictures of the same stream and seed have the same random numbers, whatever N is;
                 None numbers them from 0.
-            told: see the class. Where labels are told and scores are not, scores are drawn first.
+            verbose: see `in_batches`.
+            conditions: see the class. With labels and without scores, scores are drawn first.
 
         Returns: int32 (N, h, w) in [0, K).
         """
@@ -750,29 +938,37 @@ class PixelCNN(SavesItsArguments, keras.Model):
             raise ValueError(f"num_samples must be at least 1, got {num_samples}")
         if temperature <= 0:
             raise ValueError(f"temperature must be above 0, got {temperature}")
-        known = np.full((num_samples, *self.grid), -1) if known is None else known
+        known = np.full((num_samples, *self.grid), -1, np.int32) if known is None else known
         if tuple(known.shape) != (num_samples, *self.grid):
             raise ValueError(f"known must have shape {(num_samples, *self.grid)}, got {tuple(known.shape)}")
         streams = np.arange(num_samples) if streams is None else np.asarray(streams)
-        self.check(told, num_samples)
-        if self.num_scores and "labels" in told and "scores" not in told:
-            told["scores"] = self.draw_scores(told["labels"], seed, streams)
-        return self.draw(self.told_map(num_samples, **told), known, streams, seed, temperature)
+        self.check(conditions, num_samples)
+        if self.num_scores and "labels" in conditions and "scores" not in conditions:
+            conditions["scores"] = self.draw_scores(conditions["labels"], seed, streams)
+
+        def draw_batch(batch):
+            known, streams = batch.pop("known"), batch.pop("streams")
+            return self.draw(self.conditioning(**batch), known, streams, seed, temperature)
+
+        inputs = self.conditioning.unknown(num_samples) | conditions
+        return in_batches(draw_batch, {**inputs, "known": known, "streams": streams.astype(np.int32)}, verbose)
+
+    # The sampler. What it draws is what this draws:
+    #
+    #     for each position in raster order:
+    #         logits = pixelcnn({"codes": codes, **conditions})[position] / temperature
+    #         codes[position] = the known code, or else a draw from Categorical(logits)
+    #
+    # But of the network only what is new is computed [5]: the column of features at this position. What the masked
+    # convolutions see of earlier positions is read from a cache, and the row contexts have running sums.
 
     @tf.function(  # a batch of 1 that is known to be 1 would give the loop's variables shapes that change
         input_signature=[tf.TensorSpec((None, None, None, None))]
         + [tf.TensorSpec(shape, tf.int32) for shape in ((None, None, None), (None,), ())]
         + [tf.TensorSpec(())]
     )
-    def draw(self, told_map, known, streams, seed, temperature):
-        """`sample` as one graph. The algorithm is
-
-            for each position in raster order:
-                codes[position] = draw from softmax(self(codes)[position] / temperature), or the known code
-
-        But of the network only what is new is computed [5]: the columns of features at this position. What the
-        masked convolutions see of earlier positions is read from a cache.
-        """
+    def draw(self, condition_map, known, streams, seed, temperature):
+        """`sample` of one batch, as one graph. Args: the map of `conditioning`, and the arguments of `sample`."""
         count, (height, width), r = tf.shape(known)[0], self.grid, self.first.kernel_size // 2
         codes = tf.fill((height + r, width + 2 * r, count), self.num_embeddings)  # padded as in the first layer
         rows = tf.reshape(self.first.padded_kernel(), (-1, self.filters))
@@ -788,7 +984,7 @@ class PixelCNN(SavesItsArguments, keras.Model):
             row, column = position // width, position % width
             this, above = (row % 2) * (width + 2) + column, ((row + 1) % 2) * (width + 2) + column
             visible = tf.reshape(codes[row : row + r + 1, column : column + 2 * r + 1], (-1, count))
-            x = self.first.step(rows, visible[: self.first.taps]) + told_map[:, row, column]
+            x = self.first.step(rows, visible[: self.first.taps]) + condition_map[:, row, column]
             neighbours = [cache.read(place) for place in (above, above + 1, above + 2, this)]
             earlier = biases + tf.add_n([tf.matmul(seen, kernel) for seen, kernel in zip(neighbours, kernels)])
             inputs, to_sums = [], []
@@ -811,13 +1007,13 @@ class PixelCNN(SavesItsArguments, keras.Model):
         return tf.transpose(codes[r:, r : r + width], (2, 0, 1))
 
     def gumbel_noise(self, streams, seed, position):
-        """Noise that, added to logits, makes the largest a draw from the categorical distribution: (N, K).
+        """Noise (N, K): the largest of logits + noise is a draw from Categorical(logits).
 
         Unlike the noise of Categorical.sample, that of a stream does not depend on N.
         """
-        shape = (tf.reduce_max(streams) + 1, self.num_embeddings)
-        noise = tfp.distributions.Gumbel(0.0, 1.0).sample(shape, seed=tf.stack([seed, position]))
-        return tf.gather(noise, streams)
+        shape, tiny = (tf.reduce_max(streams) + 1, self.num_embeddings), np.finfo(np.float32).tiny  # no ln 0
+        uniform = tf.random.stateless_uniform(shape, tf.stack([seed, position]), minval=tiny)
+        return tfp.distributions.Gumbel(0.0, 1.0).quantile(tf.gather(uniform, streams))
 
 
 # --------------------------------------------------------------------------------------
@@ -829,10 +1025,10 @@ class AnomalyDetector:
     """How unexpected each code and each pixel of a slice is, given the two networks of a run.
 
     Three terms are strong on different changes; each is smoothed by a Gaussian:
-        surprise: -ln p of the codes [8], the slice's own scores told. Sees grey values in the wrong place, is blind to
+        surprise: -ln p of the codes given the slice's own scores [8]. Sees grey values in the wrong place, is blind to
             what no code expresses.
         residual: of the reconstruction. Sees texture that no code expresses, and little else.
-        level: z-score of the pixels among the training slices of the same number.
+        level: z-score of the pixels among the training slices of the same label.
 
     To be combined they need one unit: of each the map takes -ln p, p being the share of the validation slices'
     pixels in which the term is higher, and of these the root of the sum of squares. It ranks pixels, and is no
@@ -841,48 +1037,54 @@ class AnomalyDetector:
     Args:
         vqvae, pixelcnn: the models.
         train, validate: pairs of images, float32 (N, H, W, 1) in [0, 1], and labels, int32 (N,), -1 where not known.
-        mirror: whether the prior has seen mirrored slices; then surprise is the mean of both raster orders.
-        scores_of: images -> the scores that the prior is told of them, (N, num_scores).
+        mirror: whether the prior was fitted on mirrored slices; then surprise is the mean of both raster orders.
+        verbose: see `in_batches`.
     """
 
-    SMOOTHING = 2  # pixels, standard deviation
+    SMOOTHING = 1 / 32  # of the side, standard deviation
     SPREAD_FLOOR = 0.1  # least standard deviation of a z-score, in [0, 1] of the pixels: registration is no better
     PERCENTILES = np.array([*range(100), 99.8])  # of a term; above the last its distribution is taken for exponential
     SCORED = 0.01  # the score of a slice is the mean of this share of its pixels, the highest of the map
     REDRAWN = 90  # percentile of the validation slices' nats above which a restoration draws a code anew
     RESTORATIONS = 8
 
-    def __init__(self, vqvae, pixelcnn, train, validate, mirror, scores_of):
-        self.vqvae, self.pixelcnn, self.mirror, self.scores_of = vqvae, pixelcnn, mirror, scores_of
+    def __init__(self, vqvae, pixelcnn, train, validate, mirror, verbose=0):
+        self.vqvae, self.pixelcnn, self.mirror = vqvae, pixelcnn, mirror
         images, labels = train
         levels = [images[labels == label] for label in range(pixelcnn.num_labels)]
         levels = [level if len(level) else images for level in levels] + [images]  # the last is for -1
         self.mean = np.stack([level.mean(axis=0) for level in levels])
         self.spread = np.maximum([level.std(axis=0) for level in levels], self.SPREAD_FLOOR)
 
-        nats, terms = self.measure(*validate)
-        self.redraw_above = np.percentile(nats, self.REDRAWN)
+        validate = dict(zip(("images", "labels"), validate))
+        terms = in_batches(lambda batch: self.measure(**batch), validate, verbose)
+        terms = {name: values.numpy() for name, values in terms.items()}
+        self.redraw_above = np.percentile(terms.pop("nats"), self.REDRAWN)
         self.tails = {name: self.tail(values) for name, values in terms.items()}
         self.normal_scores = np.sort(self.score(self.combine(terms)))
 
+    def nats(self, images, labels):
+        """-ln p of the codes, given the labels and the slices' own scores: the codes and the nats, (N, h, w) each."""
+        codes, conditions = self.vqvae.encode(images), {"labels": labels}
+        if self.pixelcnn.num_scores:
+            conditions["scores"] = self.pixelcnn.head_scores.of(images)
+        return codes, self.pixelcnn.nll(codes, **conditions).numpy()
+
     def measure(self, images, labels):
-        """Nats of the codes (N, h, w), and the terms of the map, {name: float32 (N, H, W)}."""
-
-        def nats(images, codes):
-            return self.pixelcnn.nll(codes, labels=labels, scores=self.scores_of(images)).numpy()
-
-        codes, mirrored = self.vqvae.encode(images), images[:, ::-1]
-        orders = [nats(images, codes)]
+        """Nats of the codes (N, h, w), and the terms of the map (N, H, W), by name."""
+        images, labels = np.asarray(images), np.asarray(labels)
+        codes, nats = self.nats(images, labels)
+        orders = [nats]
         if self.mirror:  # what comes last in one raster order comes first in the other
-            orders.append(nats(mirrored, self.vqvae.encode(mirrored))[:, ::-1])
+            orders.append(self.nats(images[:, ::-1], labels)[1][:, ::-1])
         terms = {
             "surprise": tf.image.resize(np.mean(orders, axis=0)[..., None], images.shape[1:3]).numpy(),
             "residual": np.abs(images - self.vqvae.decode(codes)),
             "level": np.abs(images - self.mean[labels]) / self.spread[labels],
         }
-        return orders[0], {
-            name: ndimage.gaussian_filter(term[..., 0], self.SMOOTHING, axes=(1, 2)) for name, term in terms.items()
-        }
+        blur = self.SMOOTHING * images.shape[1]
+        terms = {name: ndimage.gaussian_filter(term[..., 0], blur, axes=(1, 2)) for name, term in terms.items()}
+        return {"nats": nats, **terms}
 
     def tail(self, values):
         """PERCENTILES of a term of the validation slices, and the mean excess over the last of those above it."""
@@ -893,10 +1095,9 @@ class AnomalyDetector:
     def combine(self, terms):
         """Root of the sum of the squared -ln p of the terms: {name: (N, H, W)} -> (N, H, W), at least 0."""
         squares = 0
-        for name, values in terms.items():
-            percentiles, excess = self.tails[name]
-            body = np.interp(values, percentiles, -np.log(1 - self.PERCENTILES / 100))
-            squares += np.square(body + np.maximum(values - percentiles[-1], 0) / excess)
+        for name, (percentiles, excess) in self.tails.items():
+            body = np.interp(terms[name], percentiles, -np.log(1 - self.PERCENTILES / 100))
+            squares += np.square(body + np.maximum(terms[name] - percentiles[-1], 0) / excess)
         return np.sqrt(squares).astype(np.float32)
 
     def score(self, maps):
@@ -908,9 +1109,8 @@ class AnomalyDetector:
         """The labels, where one is not known that under which the codes are likeliest: int32 (N,)."""
         labels, unknown = np.array(labels, np.int32), np.flatnonzero(np.asarray(labels) < 0)
         if len(unknown) and self.pixelcnn.num_labels:
-            codes, scores = self.vqvae.encode(images[unknown]), self.scores_of(images[unknown])
-            candidates = np.arange(self.pixelcnn.num_labels, dtype=np.int32)
-            nats = [self.pixelcnn.nll(codes, labels=np.full(len(codes), n), scores=scores) for n in candidates]
+            candidates = [np.full(len(unknown), label) for label in range(self.pixelcnn.num_labels)]
+            nats = [self.nats(images[unknown], candidate)[1] for candidate in candidates]
             labels[unknown] = np.argmin(np.mean(nats, axis=(2, 3)), axis=0)
         return labels
 
@@ -919,27 +1119,35 @@ class AnomalyDetector:
         known = np.where(nats > self.redraw_above, -1, self.vqvae.encode(images))
         known, labels = (np.repeat(values, self.RESTORATIONS, axis=0) for values in (known, labels))
         streams = np.tile(np.arange(self.RESTORATIONS), len(images))
-        # Scores are not told: those of a changed slice would bring the change back.
-        told = {"labels": labels, "scores": self.pixelcnn.nothing_told(len(labels))["scores"]}
-        restored = self.vqvae.decode(self.pixelcnn.sample(len(known), seed, known=known, streams=streams, **told))
+        # Without scores: those of a changed slice would bring the change back.
+        scores = np.full((len(known), self.pixelcnn.num_scores), np.nan, np.float32)
+        codes = self.pixelcnn.sample(len(known), seed, known=known, streams=streams, labels=labels, scores=scores)
+        restored = self.vqvae.decode(codes)
         return tf.reduce_mean(tf.reshape(restored, (len(images), self.RESTORATIONS, *images.shape[1:])), axis=1)
 
-    def examine(self, images, labels, seed):
+    def examine(self, images, labels, seed, verbose=0):
         """The maps of slices.
 
-        Args: images, float32 (N, H, W, 1) in [0, 1]; labels, int32 (N,), -1 where not known; seed of the restorations.
+        Args: images, float32 (N, H, W, 1) in [0, 1]; labels, int32 (N,), -1 where not known; seed of the
+            restorations; verbose, see `in_batches`.
         Returns: {"labels": int32 (N,), "surprise": nats (N, h, w), "restored": (N, H, W), "anomaly_map": (N, H, W),
             "score": (N,), "percentile": (N,), of the validation slices that score lower}.
         """
-        labels = self.likeliest(images, labels)
-        nats, terms = self.measure(images, labels)
-        maps = self.combine(terms)
-        score = self.score(maps)
-        return {
-            "labels": labels,
-            "surprise": nats,
-            "restored": self.restore(images, labels, nats, seed).numpy()[..., 0],
-            "anomaly_map": maps,
-            "score": score,
-            "percentile": 100 * np.searchsorted(self.normal_scores, score) / len(self.normal_scores),
-        }
+
+        def examine_batch(batch):
+            images, labels = batch["images"].numpy(), batch["labels"].numpy()
+            labels = self.likeliest(images, labels)
+            terms = self.measure(images, labels)
+            maps = self.combine(terms)
+            score = self.score(maps)
+            return {
+                "labels": labels,
+                "surprise": terms["nats"],
+                "restored": self.restore(images, labels, terms["nats"], seed)[..., 0],
+                "anomaly_map": maps,
+                "score": score,
+                "percentile": 100 * np.searchsorted(self.normal_scores, score) / len(self.normal_scores),
+            }
+
+        found = in_batches(examine_batch, {"images": images, "labels": labels}, verbose, 256 // self.RESTORATIONS)
+        return {name: values.numpy() for name, values in found.items()}

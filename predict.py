@@ -12,29 +12,32 @@ With --anomalies none of these is made: anomalies/ gets anomalies.csv, anomalies
 """
 
 import argparse
+import dataclasses
 import os
 import pathlib
-import shlex
 import shutil
 import sys
 import time
 
+import dataset
+import modules
+from train import Run, quote
+
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from scipy import stats
 from skimage.metrics import structural_similarity
-
-import dataset
-import modules
 
 COMPONENTS = 64  # principal components of frechet_pca
 WHOLE_SLICE = slice(2, 12)  # principal components 3 to 12: differences of whole slices within a level
 NEIGHBOURS = 20  # training slices, nearest by L2, among which the most similar is looked for
 RESAMPLES = 1000  # of the test subjects, for an interval
 WANG = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}  # SSIM as in Wang et al. 2004
+WRITTEN = ("reconstructions.png", "samples.png", "samples.npz", "completions.png", "heads.png", "heads.npz")
 
 # --------------------------------------------------------------------------------------
-# Measures. Images are float32 (N, 64, 64) in [0, 1]
+# Measures. Images are float32 (N, H, W) in [0, 1]
 # --------------------------------------------------------------------------------------
 
 
@@ -48,6 +51,11 @@ def psnr(images, others):
     """Peak signal-to-noise ratio of each pair in dB, the peak being 1: (N,). Infinite for equal ones."""
     with np.errstate(divide="ignore"):
         return -10 * np.log10(np.square(images - others).mean(axis=(1, 2)))
+
+
+def ratio(value, unit):
+    """value / unit; None where there is nothing to compare with."""
+    return float(value / unit) if unit > 0 else None
 
 
 def sharpness(images):
@@ -70,7 +78,7 @@ def frechet_distance(scores, others):
 def variance_ratio(scores, others):
     """Variance of scores in the components of WHOLE_SLICE over that of others; None where there are none."""
     variance, expected = scores[:, WHOLE_SLICE].var(axis=0), others[:, WHOLE_SLICE].var(axis=0)
-    return variance.mean() / expected.mean() if expected.size else None
+    return ratio(variance.mean(), expected.mean()) if expected.size else None
 
 
 def resample(cases, count):
@@ -115,14 +123,14 @@ def histogram_entropy(codes):
 # --------------------------------------------------------------------------------------
 
 
+@dataclasses.dataclass
 class Measured:
     """Slices with what the measures need of them."""
 
-    def __init__(self, images, labels, codes, cases=None):
-        self.images = images  # float32 (N, 64, 64) in [0, 1]
-        self.labels = labels  # slice numbers, int32 (N,); -1 where not known
-        self.codes = codes  # int32 (N, h, w)
-        self.cases = cases  # numbers of the subjects, int32 (N,); -1 where not known
+    images: np.ndarray  # float32 (N, H, W) in [0, 1]
+    slice_numbers: np.ndarray  # int32 (N,); -1 where not known
+    codes: np.ndarray  # int32 (N, h, w)
+    cases: np.ndarray | None = None  # numbers of the subjects, int32 (N,); -1 where not known
 
 
 def measure_reconstructions(test, reconstructed):
@@ -135,7 +143,7 @@ def measure_reconstructions(test, reconstructed):
         "ssim_min": similarity.min(),
         **with_interval("ssim_gaussian_mean", ssim(test.images, reconstructed, **WANG), test.cases),
         **with_interval("psnr_mean", psnr(test.images, reconstructed), test.cases),
-        "sharpness_ratio": sharpness(reconstructed) / sharpness(test.images),
+        "sharpness_ratio": ratio(sharpness(reconstructed), sharpness(test.images)),
     }
 
 
@@ -149,13 +157,17 @@ def measure_codebook(num_embeddings, codes):
     }
 
 
-def nats_of_slices(pixelcnn, codes, **told):
+def nats_of_slices(pixelcnn, codes, **conditions):
     """Mean negative log-likelihood of the codes of each slice under the prior, exact and not a bound: (N,), nats."""
-    return pixelcnn.nll(codes, **told).numpy().mean(axis=(1, 2), dtype=np.float64)
+    nats = pixelcnn.nll(codes, dataset.verbosity(), **conditions)
+    return nats.numpy().mean(axis=(1, 2), dtype=np.float64)
 
 
 def measure_prior(pixelcnn, test, train):
-    nats, positions = nats_of_slices(pixelcnn, test.codes, labels=test.labels), test.codes[0].size
+    def nats_of(slices):
+        return nats_of_slices(pixelcnn, slices.codes, labels=pixelcnn.labels_of(slices.slice_numbers))
+
+    nats, positions = nats_of(test), test.codes[0].size
     return {
         "split": "test",
         **with_interval("nats_per_code", nats, test.cases),
@@ -163,17 +175,34 @@ def measure_prior(pixelcnn, test, train):
         "bits_per_image": nats.mean() / np.log(2) * positions,
         # What the codes cost without a prior that looks at other codes, and what those it was fitted on cost.
         "histogram_bits_per_image": histogram_entropy(test.codes) / np.log(2) * positions,
-        "train_nats_per_code": nats_of_slices(pixelcnn, train.codes, labels=train.labels).mean(),
+        "train_nats_per_code": nats_of(train).mean(),
     }
 
 
-def draw_of_labels(pool, labels, seed):
-    """As many indices into a pool of labels, at random, each of the label that is asked for where there is one."""
-    order, chosen = np.random.default_rng(seed).permutation(len(pool)), np.empty(len(labels), int)
-    for label in np.unique(labels):
-        asked, having = labels == label, order[pool[order] == label]
-        chosen[asked] = np.resize(having if label >= 0 and len(having) else order, asked.sum())
+def draw_of_levels(pool, slice_numbers, seed):
+    """As many indices into a pool of slice numbers, at random, each of the number that is asked for if there is one."""
+    order, chosen = np.random.default_rng(seed).permutation(len(pool)), np.empty(len(slice_numbers), int)
+    for number in np.unique(slice_numbers):
+        asked, having = slice_numbers == number, order[pool[order] == number]
+        chosen[asked] = np.resize(having if number >= 0 and len(having) else order, asked.sum())
     return chosen
+
+
+def variance_ratios(novel, slice_numbers, test, train, components, seed):
+    """How much novel slices differ as wholes, and test slices of the same levels: over training slices of these.
+
+    Args: images and slice numbers of the novel slices; `Measured` test and training slices; principal components.
+    """
+    every = np.repeat(
+        slice_numbers, max(1, len(train.images) // len(slice_numbers))
+    )  # all of the levels, in proportion
+    expected = train.images[draw_of_levels(train.slice_numbers, every, seed)]
+    real = test.images[draw_of_levels(test.slice_numbers, slice_numbers, seed)]
+    of_novel, of_test, of_train = (modules.project(images, components) for images in (novel, real, expected))
+    return {
+        "component_variance_ratio": variance_ratio(of_novel, of_train),
+        "test_component_variance_ratio": variance_ratio(of_test, of_train),
+    }
 
 
 def level_error(asked, found):
@@ -189,56 +218,61 @@ def measure_samples(novel, test, reconstructed, train, components, mirror, seed)
         novel, test, train: `Measured`.
         reconstructed: images of the test slices.
         components: principal components of the training slices.
-        mirror: whether the models were shown mirrored training slices too.
+        mirror: whether the models were fitted on mirrored training slices too.
     """
-    of_novel, of_test, of_train = (dataset.project(slices.images, components) for slices in (novel, test, train))
-    as_many = of_train[draw_of_labels(train.labels, novel.labels, seed)]
+    as_many = train.images[draw_of_levels(train.slice_numbers, novel.slice_numbers, seed)]
+    of_novel, of_test, of_train = (
+        modules.project(images, components) for images in (novel.images, test.images, as_many)
+    )
 
-    variants = dataset.shown_variants(train.images, mirror)
-    shown, levels = np.concatenate(variants), np.tile(train.labels, len(variants))
-    near_novel, novel_ssim = nearest_training_slices(novel.images, shown, "novel slices")
-    near_reconstructed, reconstructed_ssim = nearest_training_slices(reconstructed, shown, "reconstructions")
-    near_test, test_ssim = nearest_training_slices(test.images, shown, "test slices")
+    variants = dataset.with_mirrored(train.images, mirror)
+    seen, levels = np.concatenate(variants), np.tile(train.slice_numbers, len(variants))
+    near_novel, novel_ssim = nearest_training_slices(novel.images, seen, "novel slices")
+    near_reconstructed, reconstructed_ssim = nearest_training_slices(reconstructed, seen, "reconstructions")
+    near_test, test_ssim = nearest_training_slices(test.images, seen, "test slices")
     measures = {
         "frechet_pca": frechet_distance(of_novel, of_test),
-        "frechet_pca_floor": frechet_distance(as_many, of_test),
-        "sharpness_ratio": sharpness(novel.images) / sharpness(test.images),
+        "frechet_pca_floor": frechet_distance(of_train, of_test),
+        "sharpness_ratio": ratio(sharpness(novel.images), sharpness(test.images)),
         "nearest_train_ssim_mean": novel_ssim.mean(),
         "nearest_train_ssim_max": novel_ssim.max(),
         "reconstruction_nearest_train_ssim_mean": reconstructed_ssim.mean(),
         "test_nearest_train_ssim_mean": test_ssim.mean(),
-        "level_error": level_error(novel.labels, levels[near_novel]),
-        "reconstruction_level_error": level_error(test.labels, levels[near_reconstructed]),
-        "test_level_error": level_error(test.labels, levels[near_test]),
-        "component_variance_ratio": variance_ratio(of_novel, of_train),
+        "level_error": level_error(novel.slice_numbers, levels[near_novel]),
+        "reconstruction_level_error": level_error(test.slice_numbers, levels[near_reconstructed]),
+        "test_level_error": level_error(test.slice_numbers, levels[near_test]),
+        **variance_ratios(novel.images, novel.slice_numbers, test, train, components, seed),
     }
-    return measures, shown[near_novel], novel_ssim
+    return measures, seen[near_novel], novel_ssim
 
 
-def measure_heads(heads, pixelcnn, test, reconstructed, train, components, test_below):
+def measure_heads(heads, pixelcnn, test, reconstructed, train, components, seed):
     """The measures of whole novel heads.
 
     Args:
-        heads: images (N, L, 64, 64).
+        heads: images (N, L, H, W).
+        test, train: `Measured`.
+        reconstructed: images of the test slices.
         components: principal components of the training slices.
-        test_below: index of the slice below each test slice, -1 where there is none.
     """
-    upper = np.flatnonzero(test_below >= 0)
-    lower = test_below[upper]
-    told = {"labels": test.labels[upper], "below": test.codes[lower]}
-    nats = nats_of_slices(pixelcnn, test.codes[upper], **told).mean() if len(upper) else None
+    labels = pixelcnn.labels_of(test.slice_numbers)
+    below = dataset.slices_below(test.cases, labels)
+    upper = np.flatnonzero(below >= 0)
+    lower, nats = below[upper], None
+    if len(upper):
+        nats = nats_of_slices(pixelcnn, test.codes[upper], labels=labels[upper], below=test.codes[lower]).mean()
 
     def change(images):
         return np.abs(images[upper] - images[lower]).mean() if len(upper) else None
 
-    of_heads, of_train = (dataset.project(images.reshape(-1, 64, 64), components) for images in (heads, train.images))
+    slice_numbers = np.tile(pixelcnn.slice_numbers, len(heads))
     return {
         "count": len(heads),
         "nats_per_code": nats,
-        "neighbour_change": np.abs(np.diff(heads, axis=1)).mean(),
+        "neighbour_change": np.mean([np.abs(np.diff(head, axis=0)).mean() for head in heads]),
         "reconstruction_neighbour_change": change(reconstructed),
         "test_neighbour_change": change(test.images),
-        "component_variance_ratio": variance_ratio(of_heads, of_train),
+        **variance_ratios(heads.reshape(-1, *heads.shape[2:]), slice_numbers, test, train, components, seed),
     }
 
 
@@ -253,8 +287,22 @@ def show(axis, image, caption="", **options):
     axis.set_xlabel(caption, fontsize=8)
 
 
+def picture_grid(title, rows, size=1.3):
+    """A figure of rows of pictures: (name, images, captions or none) each; a picture is `size` inches wide."""
+    columns = max(len(images) for _, images, _ in rows)
+    figure = Figure(figsize=(size * columns, (size + 0.25) * len(rows) + 0.5), layout="tight")
+    for axes, (name, images, captions) in zip(figure.subplots(len(rows), columns, squeeze=False), rows):
+        for axis, image, caption in zip(axes, images, captions or [""] * columns):
+            show(axis, image, caption)
+        for axis in axes[len(images) :]:
+            axis.set_axis_off()
+        axes[0].set_ylabel(name, fontsize=9)
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
 def save(figure, path):
-    dataset.write_whole(path, lambda temporary: figure.savefig(temporary, dpi=85, format="png"))
+    dataset.write_figure(path, figure, dpi=85)
 
 
 def evenly(count, total):
@@ -264,94 +312,77 @@ def evenly(count, total):
 
 def draw_reconstructions(path, test, reconstructed, num_embeddings, kind):
     chosen = evenly(8, len(test.images))
-    figure = Figure(figsize=(1.5 * len(chosen), 5.2), layout="tight")
-    axes = figure.subplots(3, len(chosen), squeeze=False)
-    for axis, i in zip(axes.T, chosen):
-        show(axis[0], test.images[i])
-        show(axis[1], reconstructed[i], f"SSIM {ssim(test.images[i : i + 1], reconstructed[i : i + 1])[0]:.3f}")
-        show(axis[2], test.codes[i], cmap="nipy_spectral", vmax=num_embeddings - 1)
-    for axis, label in zip(axes[:, 0], (f"test {kind}", "reconstruction", "codes")):
-        axis.set_ylabel(label)
-    figure.suptitle(f"{len(chosen)} of {len(test.images)} test {kind}s, evenly spaced, not selected", fontsize=10)
-    save(figure, path)
+    captions = [f"SSIM {similarity:.3f}" for similarity in ssim(test.images[chosen], reconstructed[chosen])]
+    codes = [colormaps["nipy_spectral"](grid / (num_embeddings - 1)) for grid in test.codes[chosen]]
+    rows = [(f"test {kind}", test.images[chosen], None), ("reconstruction", reconstructed[chosen], captions)]
+    rows.append(("codes", codes, None))
+    title = f"{len(chosen)} of {len(test.images)} test {kind}s, evenly spaced, not selected"
+    save(picture_grid(title, rows, 1.5), path)
 
 
-def pictured(labels, rows=3, columns=8):
+def pictured(slice_numbers, rows=3, columns=8):
     """Which samples are shown, (rows, columns): levels in order, evenly spaced, and the first draws of each."""
-    levels = np.unique(labels)
-    of_level = [np.flatnonzero(labels == level)[:rows] for level in levels[evenly(columns, len(levels))]]
+    levels = np.unique(slice_numbers)
+    of_level = [np.flatnonzero(slice_numbers == level)[:rows] for level in levels[evenly(columns, len(levels))]]
     if len(of_level) == columns and all(len(draws) == rows for draws in of_level):
         return np.stack(of_level, axis=1)
-    first = np.argsort(labels[: rows * columns], kind="stable")
+    first = np.argsort(slice_numbers[: rows * columns], kind="stable")
     columns = min(columns, len(first))
     return first[: len(first) // columns * columns].reshape(-1, columns)
 
 
 def draw_samples(path, novel, nearest, similarity, kind, options):
     """Rows of novel slices, and under each the nearest training slice."""
-    chosen = pictured(novel.labels)
-    rows, columns = chosen.shape
-    figure = Figure(figsize=(1.15 * columns, 2.7 * rows + 0.5), layout="tight")
-    axes = figure.subplots(2 * rows, columns, squeeze=False)
-    for (row, column), i in np.ndenumerate(chosen):
-        show(axes[2 * row, column], novel.images[i], f"slice {novel.labels[i]}" if novel.labels[i] >= 0 else "")
-        show(axes[2 * row + 1, column], nearest[i], f"SSIM {similarity[i]:.2f}")
-    for row in range(rows):
-        axes[2 * row, 0].set_ylabel("novel", fontsize=9)
-        axes[2 * row + 1, 0].set_ylabel("nearest in train", fontsize=9)
-    figure.suptitle(
-        f"Novel {kind}s, not selected: {chosen.size} of {len(novel.labels)}, seed {options.seed}, "
-        f"temperature {options.temperature}. Under each its nearest training {kind} and their SSIM",
-        fontsize=10,
+    rows, chosen = [], pictured(novel.slice_numbers)
+    for indices in chosen:
+        numbers = novel.slice_numbers[indices]
+        rows.append(("novel", novel.images[indices], [f"slice {number}" if number >= 0 else "" for number in numbers]))
+        captions = [f"SSIM {value:.2f}" for value in similarity[indices]]
+        rows.append(("nearest in train", nearest[indices], captions))
+    title = (
+        f"Novel {kind}s, not selected: {chosen.size} of {len(novel.images)}, seed {options.seed}, "
+        f"temperature {options.temperature}. Under each its nearest training {kind} and their SSIM"
     )
-    save(figure, path)
+    save(picture_grid(title, rows), path)
 
 
 def draw_completions(path, vqvae, pixelcnn, test, kind, options):
     """Keep the codes of the upper half of test slices and draw the rest, three times."""
     chosen, draws = evenly(8, len(test.images)), 3
-    known = np.repeat(test.codes[chosen], draws, axis=0)
+    known = np.tile(test.codes[chosen], (draws, 1, 1))
     known[:, known.shape[1] // 2 :] = -1
-    # Scores that are drawn would not be those of the upper half.
-    told = {"labels": np.repeat(test.labels[chosen], draws), "scores": pixelcnn.nothing_told(len(known))["scores"]}
-    drawn = pixelcnn.sample(len(known), options.seed, options.temperature, known=known, **told)
-    completed = decode(vqvae, drawn).reshape(len(chosen), draws, *test.images.shape[1:])
-    figure = Figure(figsize=(1.5 * len(chosen), 6.6), layout="tight")
-    axes = figure.subplots(1 + draws, len(chosen), squeeze=False)
-    for axis, original, images in zip(axes.T, test.images[chosen], completed):
-        show(axis[0], original)
-        for below, image in zip(axis[1:], images):
-            show(below, image)
-            below.axhline(test.images.shape[1] / 2 - 0.5, color="tab:orange", linewidth=0.8)
-    axes[0, 0].set_ylabel(f"test {kind}")
-    for axis in axes[1:, 0]:
-        axis.set_ylabel("lower half drawn")
-    figure.suptitle(
-        f"Codes above the line kept, those below drawn: seed {options.seed}, temperature {options.temperature}",
-        fontsize=10,
+    labels = np.tile(pixelcnn.labels_of(test.slice_numbers[chosen]), draws)
+    # Without scores: drawn ones would not be those of the upper half.
+    scores = np.full((len(known), pixelcnn.num_scores), np.nan, np.float32)
+    streams = np.arange(len(known)).reshape(-1, draws).T.ravel()
+    drawn = pixelcnn.sample(
+        len(known), options.seed, options.temperature, known=known, streams=streams, labels=labels, scores=scores
     )
+    rows = [(f"test {kind}", test.images[chosen], None)]
+    rows += [("lower half drawn", images, None) for images in np.split(decode(vqvae, drawn), draws)]
+    title = f"Codes above the line kept, those below drawn: seed {options.seed}, temperature {options.temperature}"
+    figure = picture_grid(title, rows, 1.5)
+    for axis in figure.axes[len(chosen) :]:
+        axis.axhline(test.images.shape[1] / 2 - 0.5, color="tab:orange", linewidth=0.8)
     save(figure, path)
 
 
-def draw_head_cuts(path, heads, test, kind, options):
+def draw_head_cuts(path, heads, slice_numbers, test, kind, options):
     """A row for each head: a real one, then novel ones; slices from the lowest up, then cut the other two ways."""
-    real = test.images[test.cases == test.cases[0]]
-    rows = {f"test {kind}": real, **{f"novel {i}": head for i, head in enumerate(heads[:3])}}
-    columns = min(8, heads.shape[1])
-    figure = Figure(figsize=(1.25 * (columns + 2), 1.45 * len(rows) + 0.5), layout="tight")
-    axes = figure.subplots(len(rows), columns + 2, squeeze=False)
-    for axis, (name, head) in zip(axes, rows.items()):
-        for place, number in zip(axis, evenly(columns, len(head))):
-            show(place, head[number], f"slice {number}")
-        show(axis[columns], head[::-1, head.shape[1] // 2], "sagittal")
-        show(axis[columns + 1], head[::-1, :, head.shape[2] // 2], "coronal")
-        axis[0].set_ylabel(name, fontsize=9)
-    figure.suptitle(
-        f"Whole novel heads, not selected: the first {len(rows) - 1} of {len(heads)}, seed {options.seed}, "
-        f"temperature {options.temperature}; and the first test head",
-        fontsize=10,
+    rows, count = [], min(3, len(heads))
+    named = np.flatnonzero((test.cases >= 0) & (test.slice_numbers >= 0))
+    real = named[test.cases[named] == test.cases[named[:1]]]
+    shown = [(f"test {kind}", test.images[real], test.slice_numbers[real])] if len(real) else []
+    for name, head, numbers in shown + [(f"novel {i}", heads[i], slice_numbers) for i in range(count)]:
+        places = evenly(8, len(head))
+        cuts = [head[::-1, head.shape[1] // 2], head[::-1, :, head.shape[2] // 2]]
+        captions = [f"slice {numbers[place]}" for place in places]
+        rows.append((name, [*head[places], *cuts], [*captions, "sagittal", "coronal"]))
+    title = (
+        f"Whole novel heads, not selected: the first {count} of {len(heads)}, seed {options.seed}, "
+        f"temperature {options.temperature}; and the first test head"
     )
-    save(figure, path)
+    save(picture_grid(title, rows), path)
 
 
 # --------------------------------------------------------------------------------------
@@ -360,60 +391,71 @@ def draw_head_cuts(path, heads, test, kind, options):
 
 
 def load_run(run):
-    """config.json of a finished run, its VQ-VAE and its PixelCNN."""
-    config = dataset.read_config(run)
-    if config is None:
-        raise dataset.UserError(f"--run {run}: no run here; first python train.py --run {shlex.quote(str(run))}")
-    vqvae, pixelcnn = (dataset.finished_model(run, name) for name in ("vqvae", "pixelcnn"))
+    """The VQ-VAE and the PixelCNN of a finished `Run`."""
+    if run.config is None:
+        command = f"python train.py --run {quote(run.folder)}"
+        raise dataset.UserError(f"--run {run.folder}: no run here; first {command}")
+    vqvae, pixelcnn = run.model("vqvae"), run.model("pixelcnn")
     if pixelcnn is None:
-        raise dataset.UserError(f"--run {run}: training has not finished; give the same train.py command again")
-    return config, vqvae, pixelcnn
+        raise dataset.UserError(f"--run {run.folder}: training has not finished; give the same train.py command again")
+    return vqvae, pixelcnn
 
 
-def load_data(options, config, splits):
+def load_data(options, run, splits=dataset.SPLITS):
     """The splits that are asked for, and what the report says of them."""
-    folder = options.data or config["data"]["folder"]
-    loaded = dataset.load(folder, splits)
+    folder = options.data or run.data_folder
+    loaded = dataset.load(folder, splits, run.config["settings"]["image_size"])
     found = dataset.fingerprint(loaded)
-    others = [name for name in found if found[name] != config["data"].get(name)]
+    others = [name for name in found if found[name] != run.config["data"].get(name)]
     if others:
         print(f"note: other {', '.join(others)} slices than those of the training")
     return loaded, {
-        "folder": str(pathlib.Path(folder).resolve()),
+        "folder": str(folder.resolve()),
         **{f"{name}_{count}": split[count] for name, split in found.items() for count in ("images", "subjects")},
-        "phantom": config["data"]["phantom"],
+        "phantom": dataset.is_phantom(folder),
         "sha256": {name: split["sha256"] for name, split in found.items()},
         "as_trained": not others,
     }
 
 
+def kind_of(data):
+    """What the pictures call a slice. Args: the entry "data" of config.json or report.json."""
+    return "phantom" if data["phantom"] else "slice"
+
+
 def check_asked(options, pixelcnn):
     """Refuse what this run cannot draw, before anything is read."""
+    numbers = pixelcnn.slice_numbers
     for number in options.slice or []:
-        if not 0 <= number < pixelcnn.num_labels:
-            raise dataset.UserError(f"--slice {number}: this run has {pixelcnn.num_labels} slice numbers, from 0 on")
-    if options.heads and not pixelcnn.tell_below:
-        raise dataset.UserError("--heads: this run was not told the slice below; train without --no-below")
+        if number not in numbers:
+            known = f"the slice numbers {', '.join(map(str, numbers))}" if numbers else "no slice numbers"
+            raise dataset.UserError(f"--slice {number}: this run has {known}")
+    if options.heads and not pixelcnn.below:
+        remedy = "train on heads with neighbouring slices, without --no-below"
+        raise dataset.UserError(f"--heads: this run knows nothing of the slice below; {remedy}")
 
 
 def decode(vqvae, codes):
-    """Codes int32 (N, h, w) -> float32 (N, 64, 64) in [0, 1]."""
+    """Codes int32 (N, h, w) -> float32 (N, H, W) in [0, 1]."""
     return vqvae.decode(codes).numpy()[..., 0]
 
 
-def encode_split(split, vqvae, num_labels):
+def encode_split(split, vqvae, pixelcnn):
     images = dataset.to_float(split.images)
-    return Measured(images[..., 0], split.known_labels(num_labels), vqvae.encode(images).numpy(), split.cases)
+    known = pixelcnn.labels_of(split.slice_numbers) >= 0
+    codes = vqvae.encode(images, dataset.verbosity()).numpy()
+    return Measured(images[..., 0], np.where(known, split.slice_numbers, -1), codes, split.cases)
 
 
-def draw_novel(vqvae, pixelcnn, test_labels, options):
+def draw_novel(vqvae, pixelcnn, test_numbers, options):
     """The novel slices that are asked for, of the levels of --slice or of the test slices, and the seconds it took."""
-    labels = np.array(options.slice or test_labels, np.int32)
-    labels = np.resize(labels, options.num_samples or len(test_labels))
-    print(f"sampling {len(labels)} novel slices")
-    started = time.time()
-    codes = pixelcnn.sample(len(labels), options.seed, options.temperature, labels=labels).numpy()
-    return Measured(decode(vqvae, codes), labels, codes), time.time() - started
+    numbers = np.array(options.slice or test_numbers, np.int32)
+    numbers = np.resize(numbers, options.num_samples or len(test_numbers))
+    print(f"sampling {len(numbers)} novel slices")
+    started = time.monotonic()
+    labels, bar = pixelcnn.labels_of(numbers), dataset.verbosity()
+    codes = pixelcnn.sample(len(numbers), options.seed, options.temperature, verbose=bar, labels=labels).numpy()
+    return Measured(decode(vqvae, codes), numbers, codes), time.monotonic() - started
 
 
 def draw_heads(pixelcnn, count, seed, temperature):
@@ -421,39 +463,45 @@ def draw_heads(pixelcnn, count, seed, temperature):
     print(f"sampling {count} whole heads")
     slices, below = [], np.full((count, *pixelcnn.grid), -1, np.int32)
     for label in dataset.progress(range(pixelcnn.num_labels), "slice"):
-        told = {"labels": np.full(count, label, np.int32), "below": below}
+        conditions = {"labels": np.full(count, label, np.int32), "below": below}
         if pixelcnn.num_scores:  # with one seed, for they belong together
-            told["scores"] = pixelcnn.draw_scores(told["labels"], seed)
-        below = pixelcnn.sample(count, (seed + 65537 * label) % 2**31, temperature, **told).numpy()
+            conditions["scores"] = pixelcnn.draw_scores(conditions["labels"], seed)
+        below = pixelcnn.sample(count, (seed + 65537 * label) % 2**31, temperature, **conditions).numpy()
         slices.append(below)
     return np.stack(slices, axis=1)
 
 
 def predict(options):
-    run = pathlib.Path(options.run)
-    config, vqvae, pixelcnn = load_run(run)
+    run = Run(options.run)
+    vqvae, pixelcnn = load_run(run)
     check_asked(options, pixelcnn)
-    splits, data = load_data(options, config, dataset.SPLITS)
+    splits, data = load_data(options, run)
     for name in ("train", "test"):
         if len(splits[name].images) < 2:  # one has no covariance
             raise dataset.UserError(f"keras_png_slices_{name} has 1 slice, the measures need at least 2: add some")
-    kind = "phantom" if config["data"]["phantom"] else "slice"
+    with run.one_writer():
+        report = measure_and_draw(options, run, vqvae, pixelcnn, splits, data)
+        dataset.write_json(run.folder / "report.json", report)
+    print((run.folder / "report.json").read_text())
+    print(f"done: the pictures and report.json are in {run.folder}")
 
+
+def measure_and_draw(options, run, vqvae, pixelcnn, splits, data):
+    """Write all files but report.json, and return what goes into that."""
+    folder, kind, mirror = run.folder, kind_of(run.config["data"]), run.config["settings"]["mirror"]
     print("encoding and reconstructing")
-    train, test = (encode_split(splits[name], vqvae, pixelcnn.num_labels) for name in ("train", "test"))
+    train, test = (encode_split(splits[name], vqvae, pixelcnn) for name in ("train", "test"))
     reconstructed = decode(vqvae, test.codes)
-    novel, seconds = draw_novel(vqvae, pixelcnn, test.labels, options)
-    components = dataset.principal_components(train.images, min(COMPONENTS, len(train.images) - 1))
-    measures, nearest, similarity = measure_samples(
-        novel, test, reconstructed, train, components, config["settings"]["mirror"], options.seed
-    )
+    novel, seconds = draw_novel(vqvae, pixelcnn, test.slice_numbers, options)
+    components = modules.principal_components(train.images, COMPONENTS)
+    measures, nearest, similarity = measure_samples(novel, test, reconstructed, train, components, mirror, options.seed)
     report = {
         "data": data,
         "reconstruction": measure_reconstructions(test, reconstructed),
         "codebook": measure_codebook(pixelcnn.num_embeddings, test.codes),
         "prior": measure_prior(pixelcnn, test, train),
         "samples": {
-            "count": len(novel.labels),
+            "count": len(novel.images),
             "seed": options.seed,
             "temperature": options.temperature,
             "slices": options.slice,  # None: those of the test slices
@@ -461,23 +509,20 @@ def predict(options):
             **measures,
         },
     }
-    for name in ("completions.png", "heads.png", "heads.npz"):  # of an earlier call
-        (run / name).unlink(missing_ok=True)
-    draw_reconstructions(run / "reconstructions.png", test, reconstructed, pixelcnn.num_embeddings, kind)
-    draw_samples(run / "samples.png", novel, nearest, similarity, kind, options)
-    dataset.write_arrays(run / "samples.npz", images=novel.images, codes=novel.codes, labels=novel.labels)
+    for name in ("report.json", *WRITTEN):  # of an earlier call; the new report comes last
+        (folder / name).unlink(missing_ok=True)
+    draw_reconstructions(folder / "reconstructions.png", test, reconstructed, pixelcnn.num_embeddings, kind_of(data))
+    draw_samples(folder / "samples.png", novel, nearest, similarity, kind, options)
+    dataset.write_arrays(folder / "samples.npz", images=novel.images, codes=novel.codes, labels=novel.slice_numbers)
     if options.complete:
-        draw_completions(run / "completions.png", vqvae, pixelcnn, test, kind, options)
+        draw_completions(folder / "completions.png", vqvae, pixelcnn, test, kind_of(data), options)
     if options.heads:
         codes = draw_heads(pixelcnn, options.heads, options.seed, options.temperature)
         heads = decode(vqvae, codes.reshape(-1, *pixelcnn.grid)).reshape(*codes.shape[:2], *test.images.shape[1:])
-        below = dataset.slices_below(splits["test"])
-        report["heads"] = measure_heads(heads, pixelcnn, test, reconstructed, train, components, below)
-        draw_head_cuts(run / "heads.png", heads, test, kind, options)
-        dataset.write_arrays(run / "heads.npz", images=heads, codes=codes)
-    dataset.write_json(run / "report.json", report)
-    print((run / "report.json").read_text())
-    print(f"done: the pictures and report.json are in {run}")
+        report["heads"] = measure_heads(heads, pixelcnn, test, reconstructed, train, components, options.seed)
+        draw_head_cuts(folder / "heads.png", heads, pixelcnn.slice_numbers, test, kind, options)
+        dataset.write_arrays(folder / "heads.npz", images=heads, codes=codes)
+    return report
 
 
 # --------------------------------------------------------------------------------------
@@ -485,22 +530,21 @@ def predict(options):
 # --------------------------------------------------------------------------------------
 
 
-def labels_of(names, options, num_labels):
-    """The slice number of each file: from its name, else --slice, else -1; -1 too for one that the run has not."""
+def numbers_of(names, given):
+    """The slice number of each file: from its name, else the given one, else -1."""
     numbers = np.array([dataset.slice_number(name) for name in names])
-    labels = np.where(numbers < 0, options.slice[0] if options.slice else -1, numbers)
-    return np.where(labels < num_labels, labels, -1).astype(np.int32)
+    return np.where(numbers < 0, given[0] if given else -1, numbers)
 
 
 def picture_names(names):
     """NAME.png of each file NAME.xyz, numbered where several have one name, also where case does not count."""
-    pictures = []
+    pictures = {}  # casefolded -> name
     for name in names:
         stem = picture = pathlib.Path(name).stem
-        while picture.casefold() in {other.casefold() for other in pictures}:
-            picture = f"{stem}_{len(pictures)}"
-        pictures.append(picture)
-    return [f"{picture}.png" for picture in pictures]
+        while picture.casefold() in pictures:
+            picture = f"{stem[:60]}_{len(pictures)}"
+        pictures[picture.casefold()] = picture
+    return [f"{picture}.png" for picture in pictures.values()]
 
 
 def draw_anomalies(folder, names, found, kind):
@@ -511,17 +555,21 @@ def draw_anomalies(folder, names, found, kind):
         "mean restoration": (found["restored"], "gray", 1),
         "anomaly map": (found["anomaly_map"], "inferno", found["anomaly_map"].max()),
     }
+    figure = Figure(figsize=(9.6, 2.9), layout="constrained")
+    for axis, (title, (values, cmap, highest)) in zip(figure.subplots(1, len(maps)), maps.items()):
+        show(axis, values[0], cmap=cmap, vmax=highest)
+        axis.set_title(title, fontsize=9)
+        if cmap != "gray":
+            figure.colorbar(axis.images[0], ax=axis, shrink=0.8).ax.tick_params(labelsize=7)
+    title = figure.suptitle(" ", fontsize=9, parse_math=False)
     print(f"drawing {len(names)} pictures")
     for i, picture in enumerate(dataset.progress(picture_names(names), "picture")):
-        figure = Figure(figsize=(9.6, 2.9), layout="constrained")
-        for axis, (title, (values, cmap, highest)) in zip(figure.subplots(1, len(maps)), maps.items()):
-            show(axis, values[i], cmap=cmap, vmax=highest)
-            axis.set_title(title, fontsize=9)
-            if cmap != "gray":
-                figure.colorbar(axis.images[0], ax=axis, shrink=0.8).ax.tick_params(labelsize=7)
+        for axis, (values, _, _) in zip(figure.axes, maps.values()):
+            axis.images[0].set_data(values[i])
         score = f"score {found['score'][i]:.2f}, above {found['percentile'][i]:.0f} % of the validation {kind}s"
-        figure.suptitle(f"{names[i]}: {score}", fontsize=9, parse_math=False)
+        title.set_text(f"{names[i]}: {score}")
         save(figure, folder / picture)
+        figure.set_layout_engine("none")  # the first layout serves them all, and takes most of the time
 
 
 def save_anomalies(folder, names, found):
@@ -535,43 +583,44 @@ def save_anomalies(folder, names, found):
     dataset.write_table(folder / "anomalies.csv", ("name", "slice", "score", "percentile"), rows)
     print(f"{folder / 'anomalies.csv'}: of {len(rows)} slices the most surprising are")
     for name, _, score, percentile in rows[:5]:
-        print(f"  {score:>9}, above {percentile:>5} % of the validation slices: {ascii(str(name))[1:-1]}")
+        print(f"  {score:>9}, above {percentile:>5} % of the validation slices: {name}")
 
 
-def make_detector(options, config, vqvae, pixelcnn):
-    """`AnomalyDetector` of a run."""
-    splits, _ = load_data(options, config, ("train", "validate"))
+def make_detector(options, run, vqvae, pixelcnn):
+    """`AnomalyDetector` of a run, and what the data are that it takes for normal."""
+    splits, data = load_data(options, run, ("train", "validate"))
     print("examining validation slices, to know what is normal")
-    train, validate = (
-        (dataset.to_float(splits[name].images), splits[name].known_labels(pixelcnn.num_labels))
+    normal = [
+        (dataset.to_float(splits[name].images), pixelcnn.labels_of(splits[name].slice_numbers))
         for name in ("train", "validate")
-    )
-    scores_of = dataset.principal_scores(train[0], pixelcnn.num_scores)
-    return modules.AnomalyDetector(vqvae, pixelcnn, train, validate, config["settings"]["mirror"], scores_of)
+    ]
+    mirror = run.config["settings"]["mirror"]
+    return modules.AnomalyDetector(vqvae, pixelcnn, *normal, mirror, dataset.verbosity()), data
 
 
 def find_anomalies(options):
-    run, folder = pathlib.Path(options.run), pathlib.Path(options.anomalies)
-    config, vqvae, pixelcnn = load_run(run)
+    run, folder = Run(options.run), options.anomalies
+    vqvae, pixelcnn = load_run(run)
     check_asked(options, pixelcnn)
     if not folder.is_dir():
         raise dataset.UserError(f"--anomalies {folder}: no such folder; name one with PNG or JPEG slices in it")
-    results = run / "anomalies"
+    results = run.folder / "anomalies"
     if folder.resolve().is_relative_to(results.resolve()):
         raise dataset.UserError(f"--anomalies {folder}: the results would replace the slices; name another folder")
     paths = dataset.list_slices(folder, "put some there, or name another folder")
     names = np.array([os.fsencode(path.name).decode("utf-8", "replace") for path in paths])
-    labels = labels_of(names, options, pixelcnn.num_labels)
-    images = dataset.to_float(dataset.read_images(paths, "anomalies"))
+    images = dataset.to_float(dataset.read_images(paths, "anomalies", run.config["settings"]["image_size"]))
 
-    detector = make_detector(options, config, vqvae, pixelcnn)
+    detector, data = make_detector(options, run, vqvae, pixelcnn)
     print(f"examining {len(images)} slices")
-    found = {"images": images[..., 0], **detector.examine(images, labels, options.seed)}
-    with dataset.told_if_it_fails(results):
+    labels = pixelcnn.labels_of(numbers_of(names, options.slice))
+    found = {"images": images[..., 0], **detector.examine(images, labels, options.seed, dataset.verbosity())}
+    found["labels"] = np.array([*pixelcnn.slice_numbers, -1], np.int32)[found["labels"]]  # numbers as in the names
+    with run.one_writer(), dataset.write_errors(results):
         shutil.rmtree(results, ignore_errors=True)  # what an earlier call left
         results.mkdir()
-    save_anomalies(results, names, found)
-    draw_anomalies(results, names, found, "phantom" if config["data"]["phantom"] else "slice")
+        draw_anomalies(results, names, found, kind_of(data))
+        save_anomalies(results, names, found)
 
 
 # --------------------------------------------------------------------------------------
@@ -581,8 +630,10 @@ def find_anomalies(options):
 
 def parse_arguments(arguments):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--data", help="folder of the slices (default: where the run was trained)")
-    parser.add_argument("--run", default="runs/oasis", help="folder that train.py filled (default: %(default)s)")
+    where = "folder of the slices (default: where the run was trained)"
+    parser.add_argument("--data", type=dataset.folder, help=where)
+    filled = "folder that train.py filled (default: %(default)s)"
+    parser.add_argument("--run", type=dataset.folder, default="runs/oasis", help=filled)
     parser.add_argument("--num-samples", type=int, metavar="N", help="default: the number of test slices")
     parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="1 samples the model itself")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of all that is drawn (default: %(default)s)")
@@ -590,7 +641,8 @@ def parse_arguments(arguments):
     parser.add_argument("--slice", type=int, nargs="+", metavar="N", help=levels)
     parser.add_argument("--complete", action="store_true", help="draw the lower half of test slices, given the upper")
     parser.add_argument("--heads", type=int, metavar="N", help="draw N whole heads too, each slice given that below")
-    parser.add_argument("--anomalies", metavar="FOLDER", help="show what is unexpected in the slices of this folder")
+    unexpected = "show what is unexpected in the slices of this folder"
+    parser.add_argument("--anomalies", type=dataset.folder, metavar="FOLDER", help=unexpected)
     options = parser.parse_args(arguments)
     if options.anomalies is not None:
         if options.complete or options.heads or options.num_samples is not None or options.temperature != 1:
@@ -610,7 +662,8 @@ def parse_arguments(arguments):
 def main(arguments=None):
     options = parse_arguments(arguments)
     print(modules.set_up_devices())
-    return dataset.exit_code("predict.py", predict if options.anomalies is None else find_anomalies, options)
+    with modules.keras_defaults():
+        return dataset.run_script("predict.py", predict if options.anomalies is None else find_anomalies, options)
 
 
 if __name__ == "__main__":

@@ -9,22 +9,26 @@ command continues a run that was stopped. Afterwards: python predict.py --run RU
 """
 
 import argparse
+import contextlib
 import dataclasses
+import hashlib
 import json
-import pathlib
+import os
 import shlex
 import signal
+import subprocess
 import sys
 import threading
 import time
 
+import dataset
+import modules
+
+import filelock
 import keras
 import numpy as np
 import tensorflow as tf
 from matplotlib.figure import Figure
-
-import dataset
-import modules
 
 
 def setting(default, meaning, low=None, high=None):
@@ -37,6 +41,7 @@ class Settings:
     """Every number of a run. The defaults are the published run."""
 
     seed: int = setting(0, "of the weights, the order of the slices and the dropout", 0, 2**31 - 1)
+    image_size: int = setting(64, "pixels a side, to which the slices are resized", 16, 1024)
 
     # VQ-VAE
     num_embeddings: int = setting(256, "K, codes in the codebook", 2, 2**15)
@@ -59,9 +64,9 @@ class Settings:
     zero_init: bool = setting(True, "residual blocks start as identities, which allows the learning rate below")
     context_filters: int = setting(64, "channels that sum up all rows above; 0 for none", 0, 4096)
     learned_position: bool = setting(True, "add a learned vector for each grid position")
-    labels: bool = setting(True, "tell the slice number, where names tell it")
-    scores: int = setting(16, "principal scores of the whole slice that are told, if labels are; 0 for none", 0, 64)
-    below: bool = setting(True, "tell the slice below in the same head, if labels are: for whole heads")
+    labels: bool = setting(True, "condition on the slice number, where names tell it")
+    scores: int = setting(16, "principal scores of the whole slice to condition on, if on labels; 0 for none", 0, 64)
+    below: bool = setting(True, "condition on the slice below in the same head, if on labels: for whole heads")
     pixelcnn_epochs: int = setting(100, "epochs of the PixelCNN", 1, 10**6)
     pixelcnn_batch_size: int = setting(128, "grids of codes a step", 1, 2**16)
     pixelcnn_learning_rate: float = setting(1e-2, "at its highest", 1e-8, 1.0)
@@ -71,45 +76,23 @@ class Settings:
 
     # Both
     cosine_decay: bool = setting(True, "lower both learning rates to 0 along a cosine")
-    mirror: bool = setting(True, "show every slice as its mirror image too")
-    augmentations: int = setting(24, "changed copies of each slice for the PixelCNN, which is told the changes", 0, 64)
+    mirror: bool = setting(True, "fit on the mirror image of every slice too")
+    augmentations: int = setting(24, "changed copies of each slice for the PixelCNN, conditioned on the change", 0, 64)
 
 
 # The settings of the original project, as far as its README gives them, and its keras.io ancestor's where not.
-ORIGINAL = {
-    "num_embeddings": 128,
-    "ema_decay": 0.0,
-    "filters": (16, 32, 64),
-    "kernel_size": 3,
-    "decoder_blocks": 0,
-    "ssim_weight": 0.0,
-    "pixelcnn_filters": 128,
-    "dropout": 0.0,
-    "zero_init": False,
-    "context_filters": 0,
-    "learned_position": False,
-    "labels": False,
-    "scores": 0,
-    "below": False,
-    "pixelcnn_learning_rate": 3e-4,
-    "pixelcnn_warmup_epochs": 0,
-    "pixelcnn_clip_norm": 0.0,
-    "pixelcnn_muon": False,
-    "cosine_decay": False,
-    "mirror": False,
-    "augmentations": 0,
-}
+ORIGINAL = """
+    --num-embeddings 128 --ema-decay 0 --filters 16 32 64 --kernel-size 3 --decoder-blocks 0 --ssim-weight 0
+    --pixelcnn-filters 128 --dropout 0 --no-zero-init --context-filters 0 --no-learned-position
+    --no-labels --scores 0 --no-below --pixelcnn-learning-rate 3e-4 --pixelcnn-warmup-epochs 0 --pixelcnn-clip-norm 0
+    --no-pixelcnn-muon --no-cosine-decay --no-mirror --augmentations 0
+"""
 # A few hundred phantoms, and a demo that ends in minutes: smaller batches for more steps.
-DEMO = {
-    "vqvae_batch_size": 32,
-    "vqvae_epochs": 16,
-    "pixelcnn_batch_size": 32,
-    "pixelcnn_epochs": 24,
-}
+DEMO = "--vqvae-batch-size 32 --vqvae-epochs 16 --pixelcnn-batch-size 32 --pixelcnn-epochs 24"
 
 
 # --------------------------------------------------------------------------------------
-# Settings and the run directory
+# The command line
 # --------------------------------------------------------------------------------------
 
 
@@ -117,15 +100,16 @@ def as_flag(name):
     return "--" + name.replace("_", "-")
 
 
-def parse_arguments(arguments):
+def parse_arguments(arguments=None):
     """Command line -> (Settings, argparse.Namespace of data, run, demo, original)."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0],
-        epilog=f"Other defaults of --demo: {DEMO}. Of --original: {ORIGINAL}. A flag given beside them still counts.",
+        epilog=f"--demo stands for: {DEMO}. --original stands for: {ORIGINAL}. Flags beside them count.",
         allow_abbrev=False,
     )
-    parser.add_argument("--data", help="folder of the slices (default: keras_png_slices_data)")
-    parser.add_argument("--run", help="folder of the results (default: runs/oasis; runs/demo with --demo)")
+    parser.add_argument("--data", type=dataset.folder, help="folder of the slices (default: keras_png_slices_data)")
+    runs = "folder of the results (default: runs/oasis; runs/demo with --demo)"
+    parser.add_argument("--run", type=dataset.folder, help=runs)
     parser.add_argument("--demo", action="store_true", help="draw head phantoms into the run directory and use them")
     parser.add_argument("--original", action="store_true", help="the settings of the original project")
     for field in dataclasses.fields(Settings):
@@ -135,17 +119,19 @@ def parse_arguments(arguments):
             options = {"type": field.type, "metavar": "N"}
         else:
             options = {"type": int, "nargs": "+", "metavar": "N"}
-        parser.add_argument(as_flag(field.name), help=field.metadata["help"] + " (default: %(default)s)", **options)
-    parser.set_defaults(**dataclasses.asdict(Settings()))
-    options = parser.parse_args(arguments)
-    parser.set_defaults(**(DEMO if options.demo else {}), **(ORIGINAL if options.original else {}))
-    options = parser.parse_args(arguments)  # again, for the defaults of --demo and --original are other ones
+        meaning = field.metadata["help"] + " (default: %(default)s)"
+        parser.add_argument(as_flag(field.name), default=field.default, help=meaning, **options)
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    options = parser.parse_args(given)
+    # Flags that stand for others come before those that were given, which count.
+    options = parser.parse_args(DEMO.split() * options.demo + ORIGINAL.split() * options.original + given)
     if options.demo and options.data:
         parser.error("--demo makes its own data: leave out --data, or --demo")
     settings = Settings(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Settings)})
     check_ranges(settings, parser)
-    options.run = pathlib.Path(options.run or ("runs/demo" if options.demo else "runs/oasis"))
-    options.data = options.run / "phantom_slices" if options.demo else options.data or "keras_png_slices_data"
+    options.run = options.run or dataset.folder("runs/demo" if options.demo else "runs/oasis")
+    phantoms = options.run / "phantom_slices" if options.demo else None
+    options.data = options.data or phantoms or dataset.folder("keras_png_slices_data")
     return settings, options
 
 
@@ -155,41 +141,135 @@ def check_ranges(settings, parser):
         for number in value if isinstance(value, (list, tuple)) else [value]:
             if low is not None and not low <= number <= high:
                 parser.error(f"{as_flag(field.name)} must be from {low} to {high}, not {number}")
-    if dataset.IMAGE_SIZE % 2 ** len(settings.filters):
-        parser.error(f"--filters: {dataset.IMAGE_SIZE} pixels cannot be halved {len(settings.filters)} times")
+    if settings.image_size % 2 ** len(settings.filters):
+        halvings = len(settings.filters)
+        parser.error(f"--filters: {settings.image_size} pixels (--image-size) cannot be halved {halvings} times")
     if settings.pixelcnn_filters % 2:
         parser.error(f"--pixelcnn-filters must be even, not {settings.pixelcnn_filters}")
+
+
+# --------------------------------------------------------------------------------------
+# The run directory
+# --------------------------------------------------------------------------------------
 
 
 def library_versions():
     return {"python": sys.version.split()[0], "tensorflow": tf.__version__, "keras": keras.__version__}
 
 
-def open_run(run, settings, data_folder, data, phantom):
-    """Write config.json into a new run directory, or refuse one that was started otherwise."""
-    config = {
-        "settings": dataclasses.asdict(settings),
-        "data": {"folder": str(pathlib.Path(data_folder).resolve()), "phantom": phantom, **data},
-        "versions": library_versions(),
-        "finished": {},  # {stage: sha256 of its model}
-    }
-    config = json.loads(json.dumps(config))  # tuples become lists, as in a config read from a file
-    before = dataset.read_config(run)
-    if before is None:
-        if models := sorted(path.name for path in [*run.glob("*.keras"), *run.glob("*_last.npz")]):
-            raise dataset.UserError(f"--run {run} holds {models[0]}, but no config.json: choose another --run")
-        dataset.write_json(run / "config.json", config)
-        return
-    for name, now in config["settings"].items():
-        if (then := before["settings"].get(name)) != now:
-            raise dataset.UserError(
-                f"--run {run} was started with {as_flag(name)} {then}, not {now}: choose another --run"
-            )
-    for split in data:
-        if before["data"][split] != data[split]:
-            raise dataset.UserError(f"--run {run} was started with other {split} data: restore them, or another --run")
-    if before["versions"] != config["versions"]:
-        print(f"warning: this run was started with {before['versions']}, now there are {config['versions']}")
+def quote(argument):
+    """A word of a command line that can be pasted."""
+    return shlex.quote(str(argument)) if os.name == "posix" else subprocess.list2cmdline([str(argument)])
+
+
+def checksum(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+class Run:
+    """A run directory: its config.json, its two models, and the lock of the one process that writes into it.
+
+    config.json holds the settings, what the data were, and, under "finished", the checksum of each model once it is
+    fitted; that of the PixelCNN goes with the checksum of the VQ-VAE whose codes it was fitted on.
+    """
+
+    def __init__(self, folder):
+        self.folder, self.path = folder, folder / "config.json"
+        self.read_config()
+
+    def read_config(self):
+        """Read config.json into `config`, which is None where there is none yet."""
+        self.config, names = None, {field.name for field in dataclasses.fields(Settings)}
+        if not self.path.exists():
+            return
+        with contextlib.suppress(ValueError, TypeError, AttributeError):
+            config = json.loads(self.path.read_text())
+            if {"settings", "data", "versions", "finished"} <= config.keys() and config["settings"].keys() == names:
+                self.config = config
+                return
+        raise dataset.UserError(
+            f"{self.path} is broken, or of another version: choose another --run, or delete {quote(self.folder)}"
+        )
+
+    def refusal(self, problem, remedy="choose another --run"):
+        return dataset.UserError(f"--run {self.folder} {problem}: {remedy}")
+
+    @contextlib.contextmanager
+    def one_writer(self):
+        """Only one process at a time is inside. The lock of a process ends with it, however it ends."""
+        with dataset.write_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = filelock.FileLock(self.folder / ".lock").acquire(timeout=0)
+        except filelock.Timeout:
+            remedy = "wait until it ends, or choose another --run"
+            raise self.refusal("is being written by another process", remedy) from None
+        with lock:
+            self.read_config()  # another process may have written it before
+            yield
+
+    def start(self, settings, data_folder, data, phantom):
+        """Write config.json into a new run directory, or refuse one that was started otherwise."""
+        place, here = data_folder.resolve(), self.folder.resolve()
+        if place.is_relative_to(here):  # a run with its data can be moved
+            place = place.relative_to(here)
+        config = {
+            "settings": dataclasses.asdict(settings),
+            "data": {"folder": str(place), "phantom": phantom, **data},
+            "versions": library_versions(),
+            "finished": {},
+        }
+        config = json.loads(json.dumps(config))  # tuples become lists, as in a config read from a file
+        if self.config is None:
+            if models := sorted(path.name for path in [*self.folder.glob("*.keras"), *self.folder.glob("*_last.npz")]):
+                raise self.refusal(f"holds {models[0]}, but no config.json")
+        else:
+            for name, now in config["settings"].items():
+                if (then := self.config["settings"][name]) != now:
+                    raise self.refusal(f"was started with {as_flag(name)} {then}, not {now}")
+            for split in data:
+                if self.config["data"][split] != data[split]:
+                    raise self.refusal(f"was started with other {split} data", "restore them, or choose another --run")
+            if (then := self.config["versions"]) != config["versions"]:
+                print(f"warning: this run was started with {then}, now there are {config['versions']}")
+            config = {**self.config, "data": config["data"]}  # which may have moved
+        if config != self.config:
+            self.config = config
+            dataset.write_json(self.path, config)
+
+    @property
+    def data_folder(self):
+        return self.folder / self.config["data"]["folder"]
+
+    def model(self, name):
+        """The model that the run was finished with, "vqvae" or "pixelcnn"; None where it is not finished.
+
+        Another model, or a damaged one, is refused, and so is a PixelCNN of the codes of another VQ-VAE.
+        """
+        finished, path = self.config["finished"].get(name), self.folder / f"{name}.keras"
+        if finished is None:
+            return None
+        if not path.exists() or checksum(path) != finished["sha256"]:
+            message = "is not the model that this run was finished with: restore it, or train in another --run"
+            raise dataset.UserError(f"{path} {message}")
+        if name == "pixelcnn" and finished["vqvae"] != self.config["finished"]["vqvae"]["sha256"]:
+            raise dataset.UserError(f"{path} was fitted on the codes of another vqvae.keras: train in another --run")
+        try:
+            return keras.saving.load_model(path, compile=False)
+        except (TypeError, ValueError) as error:
+            cause = str(error).strip().splitlines()[0]
+            raise dataset.UserError(f"{path} is of another version ({cause}): train in another --run") from error
+
+    def finish(self, name, model, fitted_on):
+        """Save a fitted model, and write down its checksum, with what else `fitted_on` says."""
+        path, finished = self.folder / f"{name}.keras", self.config["finished"]
+        self.read_config()
+        if self.config["finished"] != finished:  # where a lock is not seen: two machines at one Drive
+            raise self.refusal("was trained by another process at the same time")
+        dataset.write_whole(path, model.save)
+        finished[name] = {"sha256": checksum(path), **fitted_on}
+        self.config["finished"] = finished
+        dataset.write_json(self.path, self.config)
 
 
 # --------------------------------------------------------------------------------------
@@ -200,17 +280,26 @@ SAVE_EVERY = 60  # seconds, at least, between two savings: on a fast card one ta
 
 
 class Stage:
-    """One model of a run, "vqvae" or "pixelcnn": its settings, and its files in the run directory."""
+    """One model of a run, "vqvae" or "pixelcnn": its settings, and its files in the run directory.
 
-    def __init__(self, run, name, settings):
-        self.run, self.name, self.settings = run, name, settings
-        self.best = run / f"{name}.keras"
-        self.last = run / f"{name}_last.npz"  # all that a stopped training needs to go on; gone when finished
-        self.history = run / f"{name}_history.csv"
-        self.plot = run / f"{name}_loss.png"
+    `fitted_on` is what belongs to the fitted model beside settings and data: the checksum of the VQ-VAE.
+    """
+
+    def __init__(self, run, name, settings, **fitted_on):
+        self.run, self.name, self.settings, self.fitted_on = run, name, settings, fitted_on
+        self.last = run.folder / f"{name}_last.npz"  # all that a stopped training needs to go on; gone when finished
+        self.history = run.folder / f"{name}_history.csv"
+        self.plot = run.folder / f"{name}_loss.png"
 
     def setting(self, name, default=None):
         return getattr(self.settings, f"{self.name}_{name}", default)
+
+    def finished(self):
+        """The model, where it is finished, and what a training that was killed at its very end has left is removed."""
+        if model := self.run.model(self.name):
+            print(f"{self.name}: finished before")
+            self.last.unlink(missing_ok=True)
+        return model
 
 
 def selection_loss(row, split="val_"):
@@ -235,12 +324,12 @@ class Checkpoint(keras.callbacks.Callback):
         self.state = model.variables + model.optimizer.variables
         if stage.last.exists():
             self.load(len(model.variables))
-        self.saved, self.saved_at = len(self.rows), time.time()  # epochs; time
+        self.saved, self.saved_at = len(self.rows), time.monotonic()  # epochs; time
 
     def load(self, variables):
         try:
             with np.load(self.stage.last) as file:
-                self.rows = json.loads(str(file["rows"]))
+                fitted_on, self.rows = json.loads(str(file["rows"]))
                 self.last = [file[f"last{i}"] for i in range(len(self.state))]
                 self.best = [file[f"best{i}"] for i in range(variables)]
             for variable, value in zip(self.state, self.last):
@@ -250,18 +339,24 @@ class Checkpoint(keras.callbacks.Callback):
                 f"{self.stage.last} is broken ({type(error).__name__}): "
                 f"delete it, and {self.stage.name} starts again from its first epoch"
             ) from None
+        if fitted_on != self.stage.fitted_on:
+            raise dataset.UserError(
+                f"{self.stage.last} was fitted on the codes of another vqvae.keras: "
+                f"delete it, and {self.stage.name} starts again from its first epoch"
+            )
 
     def save(self):
         if self.saved == len(self.rows):
             return
         arrays = {f"{kind}{i}": value for kind in ("last", "best") for i, value in enumerate(getattr(self, kind))}
+        rows = json.dumps([self.stage.fitted_on, self.rows])
         # The history first, so that it is never behind what a stopped training goes on from.
         dataset.write_table(self.stage.history, self.rows[0], [row.values() for row in self.rows])
-        dataset.write_arrays(self.stage.last, np.savez, rows=json.dumps(self.rows), **arrays)  # not compressed: faster
-        self.saved, self.saved_at = len(self.rows), time.time()
+        dataset.write_arrays(self.stage.last, np.savez, rows=rows, **arrays)  # not compressed: faster
+        self.saved, self.saved_at = len(self.rows), time.monotonic()
 
     def on_epoch_begin(self, epoch, logs=None):
-        self.started = time.time()
+        self.started = time.monotonic()
 
     def on_epoch_end(self, epoch, logs=None):
         name, epochs = self.stage.name, self.stage.setting("epochs")
@@ -270,38 +365,48 @@ class Checkpoint(keras.callbacks.Callback):
                 f"{name}: the loss is not a number in epoch {epoch + 1}; what came before is kept. "
                 f"Lower --{name}-learning-rate, in another --run"
             )
-        row = {"epoch": epoch + 1, "seconds": round(time.time() - self.started, 2)}
+        row = {"epoch": epoch + 1, "seconds": round(time.monotonic() - self.started, 2)}
         rows = [*self.rows, {**row, **{key: float(value) for key, value in logs.items()}}]
         last = [keras.ops.convert_to_numpy(variable) for variable in self.state]
         is_best = min(rows, key=selection_loss) is rows[-1]
         # All at once: Ctrl-C may come anywhere, and what it saves must belong together.
         self.rows, self.last, self.best = rows, last, last[: len(self.model.variables)] if is_best else self.best
-        if time.time() > self.saved_at + SAVE_EVERY or epoch + 1 == epochs:
+        if time.monotonic() > self.saved_at + SAVE_EVERY or epoch + 1 == epochs:
             self.save()
         left = row["seconds"] * (epochs - epoch - 1) / 60  # too much in the first epoch of a call, which compiles
         print(f"{name}: epoch {epoch + 1} of {epochs}, about {left:.1f} min left")
 
 
-def make_optimizer(stage, steps):
+def make_optimizer(learning_rate, steps, warmup=0, cosine_decay=True, clip_norm=None, muon=False):
     """Adam; or Muon, whose steps of a matrix change all of its directions alike (Liu et al., arXiv 2502.16982).
 
-    The learning rate rises from 0 for the warm-up, then it falls to 0 along half a cosine, or stays.
+    The learning rate rises from 0 for `warmup` of the steps, then it falls to 0 along half a cosine, or stays.
     Keras advises Adam for embeddings and for the output layer.
     """
-    epochs, highest = stage.setting("epochs"), stage.setting("learning_rate")
-    warmup = int(min(stage.setting("warmup_epochs", 0), epochs / 2) * steps)
     rates = keras.optimizers.schedules.CosineDecay(
-        0.0 if warmup else highest,
-        epochs * steps - warmup,
-        alpha=0.0 if stage.settings.cosine_decay else 1.0,
-        warmup_target=highest if warmup else None,
+        0.0 if warmup else learning_rate,
+        steps - warmup,
+        alpha=0.0 if cosine_decay else 1.0,
+        warmup_target=learning_rate if warmup else None,
         warmup_steps=warmup,
     )
-    clip_norm = stage.setting("clip_norm") or None
-    if not stage.setting("muon"):
+    if not muon:
         return keras.optimizers.Adam(rates, global_clipnorm=clip_norm)
     return keras.optimizers.Muon(
         rates, weight_decay=None, adam_weight_decay=None, global_clipnorm=clip_norm, exclude_layers=["logits"]
+    )
+
+
+def stage_optimizer(stage, steps_per_epoch):
+    """The optimizer that the settings ask for. A warm-up takes half of the training at most."""
+    epochs = stage.setting("epochs")
+    return make_optimizer(
+        stage.setting("learning_rate"),
+        epochs * steps_per_epoch,
+        warmup=int(min(stage.setting("warmup_epochs", 0), epochs / 2) * steps_per_epoch),
+        cosine_decay=stage.settings.cosine_decay,
+        clip_norm=stage.setting("clip_norm") or None,
+        muon=stage.setting("muon", False),
     )
 
 
@@ -322,7 +427,7 @@ def fit(stage, make_model, counts, prepare, validation):
     steps = counts[0] // batch_size
     keras.utils.set_random_seed(seed)
     model = make_model()
-    model.compile(optimizer=make_optimizer(stage, steps))
+    model.compile(optimizer=stage_optimizer(stage, steps))
     model.optimizer.build(model.trainable_variables)
     checkpoint = Checkpoint(stage, model)
     done = len(checkpoint.rows)
@@ -339,7 +444,7 @@ def fit(stage, make_model, counts, prepare, validation):
                 steps_per_epoch=steps,
                 callbacks=[checkpoint],
                 shuffle=False,  # done by the batches
-                verbose=dataset.progress_verbosity(),
+                verbose=dataset.verbosity(),
             )
         except (KeyboardInterrupt, dataset.UserError):
             checkpoint.save()
@@ -348,11 +453,8 @@ def fit(stage, make_model, counts, prepare, validation):
     best = type(model).from_config(model.get_config())
     for variable, value in zip(best.variables, checkpoint.best, strict=True):
         variable.assign(value)
-    dataset.write_whole(stage.best, best.save)
     plot_history(stage, checkpoint.rows)
-    config = dataset.read_config(stage.run)
-    config["finished"][stage.name] = dataset.file_checksum(stage.best)
-    dataset.write_json(stage.run / "config.json", config)
+    stage.run.finish(stage.name, best, stage.fitted_on)
     stage.last.unlink(missing_ok=True)
     return best
 
@@ -373,7 +475,7 @@ def plot_history(stage, rows):
         axis.plot(best["epoch"], value(best), "o", label=f"kept: epoch {best['epoch']}, {value(best):.3f}")
         axis.set(xlabel="epoch", ylabel=name, title=stage.name)
         axis.legend()
-    dataset.write_whole(stage.plot, lambda temporary: figure.savefig(temporary, format="png"))
+    dataset.write_figure(stage.plot, figure)
 
 
 # --------------------------------------------------------------------------------------
@@ -387,7 +489,7 @@ def make_vqvae(settings, data_variance=1.0):
         settings.embedding_dim,
         settings.commitment_cost,
         settings.ema_decay or None,
-        image_size=dataset.IMAGE_SIZE,
+        image_size=settings.image_size,
         filters=settings.filters,
         kernel_size=settings.kernel_size,
         encoder_blocks=settings.encoder_blocks,
@@ -397,8 +499,9 @@ def make_vqvae(settings, data_variance=1.0):
     )
 
 
-def make_pixelcnn(settings, num_labels=0, num_scores=0):
-    side = dataset.IMAGE_SIZE // 2 ** len(settings.filters)
+def make_pixelcnn(settings, slice_numbers=(), below=False):
+    """The PixelCNN that the settings ask for, of slices with these numbers, of which some have one below."""
+    side = settings.image_size // 2 ** len(settings.filters)
     return modules.PixelCNN(
         settings.num_embeddings,
         (side, side),
@@ -408,20 +511,22 @@ def make_pixelcnn(settings, num_labels=0, num_scores=0):
         zero_init=settings.zero_init,
         context_filters=settings.context_filters,
         learned_position=settings.learned_position,
-        num_labels=num_labels,
-        num_scores=num_scores,
+        num_labels=len(slice_numbers),
+        num_scores=settings.scores if len(slice_numbers) else 0,
         num_changes=dataset.NUM_CHANGES if settings.augmentations else 0,
-        tell_below=settings.below and num_labels > 0,
+        below=below,
+        slice_numbers=slice_numbers,
+        image_size=settings.image_size,
     )
 
 
 def fit_vqvae(run, settings, train, validate):
     """The VQ-VAE of a run, fitted on the slices of two splits."""
-    if finished := dataset.finished_model(run, "vqvae"):
-        print("vqvae: finished before")
+    stage = Stage(run, "vqvae", settings)
+    if finished := stage.finished():
         return finished
     with tf.device("CPU"):  # the data stay on the host
-        images = tf.stack(dataset.shown_variants(train.images, settings.mirror), axis=1)
+        images = tf.stack(dataset.with_mirrored(train.images, settings.mirror), axis=1)
 
     def prepare(index):
         return tf.cast(tf.gather_nd(images, index)[..., None], tf.float32) / 255
@@ -429,62 +534,65 @@ def fit_vqvae(run, settings, train, validate):
     def make_model():
         return make_vqvae(settings, data_variance=np.var(dataset.to_float(train.images)))
 
-    return fit(Stage(run, "vqvae", settings), make_model, images.shape[:2], prepare, dataset.to_float(validate.images))
+    return fit(stage, make_model, images.shape[:2], prepare, dataset.to_float(validate.images))
 
 
 def fit_pixelcnn(run, settings, vqvae, train, validate):
     """The PixelCNN of a run, fitted on the codes of the same slices, and on what is known of them."""
-    if dataset.finished_model(run, "pixelcnn"):
-        print("pixelcnn: finished before")
+    stage = Stage(run, "pixelcnn", settings, vqvae=run.config["finished"]["vqvae"]["sha256"])
+    if stage.finished():
         return
-    num_labels = 1 + int(train.labels.max()) if settings.labels else 0
-    num_scores = min(settings.scores, len(train.images) - 1) if num_labels else 0
-    codes, scores, changes = encode_variants(vqvae, train, num_scores, settings)
+    slice_numbers = np.unique(train.slice_numbers[train.slice_numbers >= 0]) if settings.labels else np.array([], int)
+    labels = modules.labels_of(train.slice_numbers, slice_numbers)
+    below = dataset.slices_below(train.cases, labels)
+    num_scores = settings.scores if len(slice_numbers) else 0
+    head_scores = modules.HeadScores(len(slice_numbers), num_scores, settings.image_size**2)
+    if num_scores:
+        head_scores.fit(dataset.to_float(train.images), labels, dataset.heads_of(train))
+    codes, scores, changes = encode_variants(vqvae, train, head_scores, settings)
     with tf.device("CPU"):
-        shown = {"codes": codes, "scores": scores, "changes": changes}
-        shown = {name: tf.constant(values) for name, values in shown.items() if values.size}  # there may be no scores
-        labels, below = tf.constant(train.known_labels(num_labels)), tf.constant(dataset.slices_below(train))
-
-    def prepare(index):
-        """What is shown and told of a batch. The slice below has the same change."""
-        example, variant = index[:, 0], index[:, 1]
-        batch = {name: tf.gather_nd(values, index) for name, values in shown.items()}
-        lower = tf.gather(below, example)[:, None, None]
-        lower_codes = tf.gather_nd(shown["codes"], tf.stack([tf.maximum(lower[:, 0, 0], 0), variant], axis=1))
-        batch["codes"] = tf.cast(batch["codes"], tf.int32)
-        batch["below"] = tf.where(lower < 0, -1, tf.cast(lower_codes, tf.int32))
-        return {**batch, "labels": tf.gather(labels, example)}
+        variants = {"codes": codes, "scores": scores, "changes": changes}  # there may be no scores
+        variants = {name: tf.constant(values) for name, values in variants.items() if values.size}
+        lower_slices, all_labels = tf.constant(below), tf.constant(labels)
 
     def make_model():
-        model = make_pixelcnn(settings, num_labels, num_scores)
+        model = make_pixelcnn(settings, slice_numbers, bool(settings.below and (below >= 0).any()))
         if num_scores:
-            known = train.labels >= 0
-            model.fit_scores(scores[known, 0], train.labels[known], dataset.heads_of(train[known]))
+            model.head_scores.set_weights(head_scores.get_weights())
         return model
 
+    def prepare(index):
+        """The codes of a batch, and its conditions. The slice below has the same change."""
+        example, variant = index[:, 0], index[:, 1]
+        batch = {name: tf.gather_nd(values, index) for name, values in variants.items()}
+        lower = tf.gather(lower_slices, example)[:, None, None]
+        lower_codes = tf.gather_nd(variants["codes"], tf.stack([tf.maximum(lower[:, 0, 0], 0), variant], axis=1))
+        batch["codes"] = tf.cast(batch["codes"], tf.int32)
+        batch["below"] = tf.where(lower < 0, -1, tf.cast(lower_codes, tf.int32))
+        return {**batch, "labels": tf.gather(all_labels, example)}
+
     codes_to_validate = vqvae.encode(dataset.to_float(validate.images))
-    validation = {"codes": codes_to_validate, "labels": validate.known_labels(num_labels)}
-    fit(Stage(run, "pixelcnn", settings), make_model, codes.shape[:2], prepare, validation)
+    validation = {"codes": codes_to_validate, "labels": modules.labels_of(validate.slice_numbers, slice_numbers)}
+    fit(stage, make_model, codes.shape[:2], prepare, validation)
 
 
-def encode_variants(vqvae, train, num_scores, settings):
-    """What the PixelCNN is shown of each training slice: as it is, mirrored, and changed copies of both in turn.
+def encode_variants(vqvae, train, head_scores, settings):
+    """The variants of each training slice for the PixelCNN: as it is, mirrored, and changed copies of both in turn.
 
-    Returns: codes, the smallest integers that hold K, (N, V, h, w); standardised principal scores of each,
-        float32 (N, V, num_scores); the changes of each, float32 (N, V, 6), see `dataset.augment`.
+    Returns: codes, the smallest integers that hold K, (N, V, h, w); scores of each, float32 (N, V, S); the changes of
+        each, float32 (N, V, 6), see `dataset.augment`.
     """
-    scores_of = dataset.principal_scores(dataset.to_float(train.images), num_scores)
-    heads, unchanged = dataset.heads_of(train), dataset.shown_variants(train.images, settings.mirror)
+    heads, unchanged = dataset.heads_of(train), dataset.with_mirrored(train.images, settings.mirror)
     variants = []
 
     def add_variant(pictures, changes):
         images = dataset.to_float(pictures)
         codes = vqvae.encode(images).numpy().astype(np.min_scalar_type(vqvae.num_embeddings - 1))
-        variants.append((codes, scores_of(images), changes))
+        variants.append((codes, head_scores.of(images), changes))
 
     for pictures in unchanged:
         add_variant(pictures, np.zeros((len(pictures), dataset.NUM_CHANGES), np.float32))
-    # About a quarter of all that is shown is unchanged, for so the prior is measured and sampled.
+    # About a quarter of all variants is unchanged, for so the prior is measured and sampled.
     variants *= max(1, settings.augmentations // (3 * len(unchanged)))
     print(f"making {settings.augmentations} changed copies of {len(train.images)} training slices")
     for number in dataset.progress(range(settings.augmentations), "copy"):
@@ -492,24 +600,21 @@ def encode_variants(vqvae, train, num_scores, settings):
     return tuple(np.stack(parts, axis=1) for parts in zip(*variants))
 
 
-def prepare_run(settings, options):
-    """The run directory, with its config.json, and the data: {name: Slices}."""
-    if options.demo and not options.data.exists():
-        dataset.write_phantom(options.data)
-    splits = dataset.load(options.data)  # first, so that a misspelt folder leaves no empty run behind
-    with dataset.told_if_it_fails(options.run):
-        options.run.mkdir(parents=True, exist_ok=True)
-    open_run(options.run, settings, options.data, dataset.fingerprint(splits), options.demo)
-    return splits
-
-
 def train(settings, options):
     """Both models of a run, from where an earlier call was stopped."""
-    splits = prepare_run(settings, options)
-    print(json.dumps(dataclasses.asdict(settings), indent=2))
-    vqvae = fit_vqvae(options.run, settings, splits["train"], splits["validate"])
-    fit_pixelcnn(options.run, settings, vqvae, splits["train"], splits["validate"])
-    print(f"done: now run python predict.py --run {shlex.quote(str(options.run))}")
+    run = Run(options.run)
+    if not options.demo:
+        splits = dataset.load(options.data, image_size=settings.image_size)  # a misspelt folder leaves no run behind
+    with run.one_writer():
+        if options.demo:
+            if not options.data.exists():
+                dataset.write_phantom(options.data)
+            splits = dataset.load(options.data, image_size=settings.image_size)
+        run.start(settings, options.data, dataset.fingerprint(splits), dataset.is_phantom(options.data))
+        print(json.dumps(dataclasses.asdict(settings), indent=2))
+        vqvae = fit_vqvae(run, settings, splits["train"], splits["validate"])
+        fit_pixelcnn(run, settings, vqvae, splits["train"], splits["validate"])
+    print(f"done: now run python predict.py --run {quote(options.run)}")
 
 
 def main(arguments=None):
@@ -517,7 +622,8 @@ def main(arguments=None):
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the last epoch is saved
     print(modules.set_up_devices())
-    return dataset.exit_code("train.py", train, settings, options)
+    with modules.keras_defaults():
+        return dataset.run_script("train.py", train, settings, options)
 
 
 if __name__ == "__main__":

@@ -18,13 +18,14 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-import numpy as np
-import tensorflow as tf
-from scipy import ndimage, stats
-
 import dataset
 import modules
 import predict
+import train
+
+import numpy as np
+import tensorflow as tf
+from scipy import ndimage, stats
 
 RADII = 3, 6  # pixels
 HEAD_ABOVE = 0.05  # the background of skull-stripped slices is 0
@@ -131,12 +132,13 @@ def interval(statistic, cases):
 
 
 def smooth(maps):
-    return ndimage.gaussian_filter(maps, modules.AnomalyDetector.SMOOTHING, axes=(1, 2))
+    return ndimage.gaussian_filter(maps, modules.AnomalyDetector.SMOOTHING * maps.shape[1], axes=(1, 2))
 
 
 def maps_of(detector, images, labels, clean_reconstructed):
     """Every row of the first table, for images (N, 64, 64, 1): {name: (N, 64, 64)}."""
-    nats, terms = detector.measure(images, labels)
+    terms = detector.measure(images, labels)
+    nats = terms["nats"]
     surprise = tf.image.resize(nats[..., None], images.shape[1:3]).numpy()[..., 0]
     return {
         "z-score by level, smoothed": terms["level"],
@@ -172,8 +174,10 @@ def print_intervals(name, resampled):
 
 def parse_arguments(arguments):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--data", help="folder of the slices (default: where the run was trained)")
-    parser.add_argument("--run", default="runs/oasis", help="folder that train.py filled (default: %(default)s)")
+    parser.add_argument("--data", type=dataset.folder, help="folder of the slices (default: where the run was trained)")
+    parser.add_argument(
+        "--run", type=dataset.folder, default="runs/oasis", help="folder that train.py filled (default: %(default)s)"
+    )
     parser.add_argument("--split", choices=("validate", "test"), default="test")
     parser.add_argument("--slices", type=int, default=160, metavar="N", help="evenly spaced (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the changes (default: %(default)s)")
@@ -181,15 +185,16 @@ def parse_arguments(arguments):
 
 
 def measure(options):
-    config, vqvae, pixelcnn = predict.load_run(pathlib.Path(options.run))
+    run = train.Run(options.run)
+    vqvae, pixelcnn = predict.load_run(run)
     splits = ("test",) if options.split == "test" else ("train", "validate")  # train, to hold out of it where need be
-    split = dataset.load(options.data or config["data"]["folder"], splits)[options.split]
+    split = dataset.load(options.data or run.data_folder, splits, run.config["settings"]["image_size"])[options.split]
     if not split.subjects or split.subjects < 2:
         raise dataset.UserError(f"{options.split}: two subjects at least are needed, and names that tell them")
-    detector = predict.make_detector(options, config, vqvae, pixelcnn)
+    detector = predict.make_detector(options, run, vqvae, pixelcnn)[0]
     images = dataset.to_float(split.images)
     chosen = predict.evenly(options.slices, len(images))
-    clean, labels, cases = images[chosen], split.known_labels(pixelcnn.num_labels)[chosen], split.cases[chosen]
+    clean, labels, cases = images[chosen], pixelcnn.labels_of(split.slice_numbers)[chosen], split.cases[chosen]
     heads = np.array([head_of(image) for image in clean[..., 0]])
 
     reconstructed = vqvae.decode(vqvae.encode(clean)).numpy()
@@ -225,7 +230,7 @@ def measure(options):
 def main(arguments=None):
     options = parse_arguments(arguments)
     print(modules.set_up_devices())
-    return dataset.exit_code("anomalies.py", measure, options)
+    return dataset.run_script("anomalies.py", measure, options)
 
 
 if __name__ == "__main__":

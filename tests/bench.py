@@ -26,21 +26,21 @@ import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
+import dataset
+import modules
+import train
+
 import keras
 import numpy as np
 import tensorflow as tf
 import tensorflow_probability as tfp
-
-import dataset
-import modules
-import train
 
 REPETITIONS = 5
 EVERY = 8  # (a) times one grid position in this many, and scales
 BATCH = 128  # of (c)
 
 PUBLISHED = train.Settings()
-ORIGINAL = train.Settings(**train.ORIGINAL)
+ORIGINAL, _ = train.parse_arguments(["--original"])
 
 
 # --------------------------------------------------------------------------------------
@@ -99,7 +99,7 @@ def print_header(devices):
 
 def bench_sampling(settings, parts):
     """(a) and (b) for the prior of a run on 32 slices a head."""
-    model = train.make_pixelcnn(settings, *((32, settings.scores) if settings.labels else ()))
+    model = train.make_pixelcnn(settings, range(32) if settings.labels else (), settings.below)
     (height, width), size = model.grid, math.prod(model.grid)
     name = f"{height}x{width}, K={model.num_embeddings}, {model.filters} filters"
     positions = range(0, size, EVERY)
@@ -152,7 +152,7 @@ def bench_parts(settings):
     rng = np.random.default_rng(0)
     codes = tf.constant(rng.integers(first.num_embeddings, size=(BATCH, *model.grid), dtype="int32"))
     x = tf.constant(rng.normal(size=(BATCH, *model.grid, masked.filters)), tf.float32)
-    size = dataset.IMAGE_SIZE
+    size = settings.image_size
     images, others = (tf.constant(rng.random((BATCH, size, size, 1)), tf.float32) for _ in range(2))
 
     def full(layer):
@@ -176,11 +176,11 @@ def bench_parts(settings):
 def bench_loading(data):
     """(d)"""
     paths = dataset.list_slices(dataset.find_data(data) / "keras_png_slices_train")
-    size = (dataset.IMAGE_SIZE, dataset.IMAGE_SIZE)
+    size = (PUBLISHED.image_size, PUBLISHED.image_size)
 
     def read_images():
         with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress
-            dataset.read_images(paths, "train")
+            dataset.read_images(paths, "train", PUBLISHED.image_size)
 
     def load_img():
         for path in paths:

@@ -21,9 +21,9 @@ from PIL import Image
 os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
 os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # what XLA compiles runs once or twice
 
-import keras
-
 import dataset
+
+import keras
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 # Small enough for seconds on a CPU, and every part of the default networks is in it.
@@ -97,7 +97,8 @@ def run_script(script, *arguments, **options):
 
 
 def files_in(folder):
-    return sorted(path.name for path in folder.iterdir())
+    """Names, without the hidden ones such as the lock of a run."""
+    return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
 
 
 def read_history(path):

@@ -4,17 +4,17 @@ import csv
 import dataclasses
 import shutil
 
+import dataset
+import modules
+import predict
+import train
+
 import anomalies
 import bench
 import numpy as np
 import pytest
 from conftest import TINY, cut
 from PIL import Image
-
-import dataset
-import modules
-import predict
-import train
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,8 @@ def run(phantoms, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def detector(run):
-    found = predict.make_detector(predict.parse_arguments(["--anomalies", "x"]), *predict.load_run(run))
+    opened = train.Run(run)
+    found, _ = predict.make_detector(predict.parse_arguments(["--anomalies", "x"]), opened, *predict.load_run(opened))
     found.RESTORATIONS = 2
     return found
 
@@ -39,7 +40,7 @@ def detector(run):
 def slices(phantoms):
     """Every third test slice, (11, 64, 64, 1), and their labels."""
     split = dataset.load(phantoms, ("test",))["test"][::3]
-    return dataset.to_float(split.images), split.labels
+    return dataset.to_float(split.images), split.slice_numbers
 
 
 @pytest.fixture
@@ -136,7 +137,9 @@ def test_a_slice_without_a_number_gets_the_likeliest(detector, slices):
     found = detector.likeliest(images, told)
     np.testing.assert_array_equal(found[1::2], labels[1::2])
     assert (found >= 0).all() and np.abs(found - labels)[::2].mean() < 5  # at random about 11
-    nats, true, wrong = (detector.measure(images, of)[0].mean(axis=(1, 2)) for of in (found, labels, (found + 16) % 32))
+    nats, true, wrong = (
+        detector.measure(images, of)["nats"].mean(axis=(1, 2)) for of in (found, labels, (found + 16) % 32)
+    )
     assert (nats <= true + 1e-5).all() and true.mean() < 0.99 * wrong.mean()
 
 
@@ -144,7 +147,7 @@ def test_the_map_is_the_root_of_the_squared_logarithms_of_shares(detector, monke
     values = np.random.default_rng(0).exponential(size=100_000)
     monkeypatch.setattr(detector, "tails", {name: detector.tail(values) for name in ("one", "other")})
     points = np.array([0.5, 2.0, 4.0, 8.0])  # an exponential distribution has -ln p = value
-    np.testing.assert_allclose(detector.combine({"one": points}), points, rtol=0.05, atol=0.02)
+    np.testing.assert_allclose(detector.combine({"one": points, "other": 0 * points}), points, rtol=0.05, atol=0.02)
     both = detector.combine({"one": points, "other": points[::-1]})
     np.testing.assert_allclose(both, np.hypot(points, points[::-1]), rtol=0.05, atol=0.03)
 
@@ -155,7 +158,7 @@ def test_a_score_is_the_mean_of_the_highest_hundredth(detector, phantoms):
     np.testing.assert_allclose(detector.score(maps), np.mean(expected, axis=1))
     # A percentile is among the validation slices, in which the lowest has none below it.
     validate = dataset.load(phantoms, ("train", "validate"))["validate"]
-    percentile = detector.examine(dataset.to_float(validate.images), validate.labels, 0)["percentile"]
+    percentile = detector.examine(dataset.to_float(validate.images), validate.slice_numbers, 0)["percentile"]
     np.testing.assert_allclose(np.sort(percentile), 100 * np.arange(32) / 32, atol=4)
 
 
@@ -163,7 +166,7 @@ def test_a_changed_disk_stands_out(detector, slices):
     images, labels = slices
     subjects = np.arange(len(images))
     changed, disks = anomalies.change(images[..., 0], subjects, "disk of 1", 0, subjects)
-    before, after = (detector.combine(detector.measure(of, labels)[1]) for of in (images, changed[..., None]))
+    before, after = (detector.combine(detector.measure(of, labels)) for of in (images, changed[..., None]))
     assert after[disks].mean() > 1.5 * before[disks].mean()
     assert anomalies.average_precision(after.ravel(), disks.ravel()) > 3 * disks.mean()
     assert anomalies.average_precision(before.ravel(), disks.ravel()) < 3 * disks.mean()  # control
@@ -181,7 +184,7 @@ def test_wrong_folders_and_numbers_are_refused(run, mixed, refuse, tmp_path):
     refuse(predict, ["--run", run, "--anomalies", tmp_path / "none"], "--anomalies", "none", "no such folder")
     refuse(predict, ["--run", run, "--anomalies", tmp_path], str(tmp_path), "no slices in it", "another folder")
     refuse(predict, ["--run", run, "--anomalies", table.parent], "would replace the slices", "another folder")
-    refuse(predict, ["--run", run, "--anomalies", mixed, "--slice", 32], "--slice 32", "32 slice numbers")
+    refuse(predict, ["--run", run, "--anomalies", mixed, "--slice", 32], "--slice 32", "30, 31")
     cut(mixed / "a.png")
     refuse(predict, ["--run", run, "--anomalies", mixed], "1 unreadable", "a.png")
     assert table.read_text() == "of before"

@@ -8,12 +8,12 @@ import subprocess
 import sys
 import warnings
 
+import dataset
+
 import numpy as np
 import pytest
 from conftest import ROOT, files_in, write_data, write_slices
 from PIL import Image
-
-import dataset
 
 # --------------------------------------------------------------------------------------
 # Decoding
@@ -53,10 +53,10 @@ def viewer_grey(path):
 
 def coverage(size):
     """Share of each of `size` pixels in each of the 64 that replace them: (64, size)."""
-    edges = np.linspace(0, size, dataset.IMAGE_SIZE + 1)
+    edges = np.linspace(0, size, 64 + 1)
     pixels = np.arange(size)
     overlap = np.minimum(edges[1:, None], pixels + 1) - np.maximum(edges[:-1, None], pixels)
-    return np.clip(overlap, 0, None) * dataset.IMAGE_SIZE / size
+    return np.clip(overlap, 0, None) * 64 / size
 
 
 def area_resized(grey):
@@ -68,7 +68,7 @@ def test_decodes_the_grey_picture_a_viewer_shows(kind, size, tmp_path):
     convert, ending, tolerance = KINDS[kind]
     path = tmp_path / f"picture.{ending}"
     convert(colourful(*size)).save(path)
-    decoded = dataset.read_slice(str(path)).numpy()
+    decoded = dataset.read_slice(str(path), 64).numpy()
     assert decoded.dtype == np.uint8 and decoded.shape == (64, 64)
     assert np.abs(decoded - area_resized(viewer_grey(path))).max() <= tolerance + 1e-3
 
@@ -77,7 +77,7 @@ def test_the_comparison_with_a_viewer_tells_wrong_greys_apart(tmp_path):
     """Control: equal weights for the channels, a picture turned on its side; and the nearest pixel is no mean."""
     path, rgb = tmp_path / "picture.png", colourful(256, 256)
     rgb.save(path)
-    decoded, grey = dataset.read_slice(str(path)).numpy().astype(float), viewer_grey(path)
+    decoded, grey = dataset.read_slice(str(path), 64).numpy().astype(float), viewer_grey(path)
     assert np.abs(decoded - grey.reshape(64, 4, 64, 4).mean(axis=(1, 3))).max() <= 1.5
     for wrong in (area_resized(np.asarray(rgb).mean(axis=-1)), area_resized(grey).T, grey[2::4, 2::4]):
         assert np.abs(decoded - wrong).max() > 10
@@ -96,9 +96,11 @@ def test_order_is_by_case_then_slice_number(tmp_path):
     split = dataset.load_split(tmp_path, "train")
     assert split.names.tolist() == names
     assert split.cases.tolist() == [2] * 100 + [10] * 100 + [100] * 100 and split.subjects == 3
-    assert split.labels.tolist() == [*range(100)] * 3 and split.labels.dtype == split.cases.dtype == np.int32
+    assert (
+        split.slice_numbers.tolist() == [*range(100)] * 3 and split.slice_numbers.dtype == split.cases.dtype == np.int32
+    )
     for name, image in zip(names, split.images):
-        np.testing.assert_array_equal(image, dataset.read_slice(str(tmp_path / name)))
+        np.testing.assert_array_equal(image, dataset.read_slice(str(tmp_path / name), 64))
 
 
 def test_masks_and_leftovers_of_macos_are_ignored_and_upper_case_endings_count(data):
@@ -145,9 +147,9 @@ def test_without_a_validate_folder_whole_subjects_are_held_out(tmp_path, subject
     assert sorted(set(train.cases)) == [-1] * nameless + [*range(1, first)]
     assert {*train.names, *validate.names} == set(os.listdir(folder))
     for split in (train, validate):
-        for name, case, label, image in zip(split.names, split.cases, split.labels, split.images, strict=True):
+        for name, case, label, image in zip(split.names, split.cases, split.slice_numbers, split.images, strict=True):
             assert (case, label) == ((int(name[5:8]), int(name[15])) if name != "another.png" else (-1, -1))
-            np.testing.assert_array_equal(image, dataset.read_slice(str(folder / name)))
+            np.testing.assert_array_equal(image, dataset.read_slice(str(folder / name), 64))
 
 
 @pytest.mark.parametrize("with_validate", [True, False])
@@ -160,7 +162,7 @@ def test_free_file_names_work_with_one_warning(tmp_path, with_validate):
     assert len(caught) == 1 and "subjects cannot be told apart" in str(caught[0].message)
     assert [len(loaded[name].names) for name in dataset.SPLITS] == ([10, 10, 10] if with_validate else [9, 1, 10])
     for split in loaded.values():
-        assert split.subjects is None and (split.labels == -1).all() and (split.cases == -1).all()
+        assert split.subjects is None and (split.slice_numbers == -1).all() and (split.cases == -1).all()
     assert loaded["train"].names.tolist() == sorted(loaded["train"].names)
 
 
@@ -173,22 +175,21 @@ def test_case_and_slice_are_unknown_where_a_name_does_not_tell_and_only_there(da
     with pytest.warns(UserWarning, match="subjects cannot be told apart"):
         test = dataset.load(data)["test"]
     assert test.names[0] == "another.png" and test.subjects is None
-    assert test.cases.tolist() == [-1, 441, 441, 441] and test.labels.tolist() == [-1, 0, 1, 31]
-    assert test.known_labels(31).tolist() == [-1, 0, 1, -1]
-    assert test.known_labels(0).tolist() == [-1] * 4 and test.known_labels(0).dtype == np.int32
+    assert test.cases.tolist() == [-1, 441, 441, 441] and test.slice_numbers.tolist() == [-1, 0, 1, 31]
 
 
 def test_the_slices_of_a_head_and_the_one_below_each():
     places = [[-1, -1], [-1, -1], [3, 0], [3, 1], [3, 3], [7, 1], [7, 2], [7, 12], [8, 13]]
     cases, labels = np.array(places, np.int32).T
     slices = dataset.Slices(np.zeros((9, 2, 2), "uint8"), np.array(list("abcdefghi")), cases, labels)
-    assert dataset.slices_below(slices).tolist() == [-1, -1, -1, 2, -1, -1, 5, -1, -1]
+    assert dataset.slices_below(cases, labels).tolist() == [-1, -1, -1, 2, -1, -1, 5, -1, -1]
     heads = dataset.heads_of(slices)
     assert set(heads) == {0, 1, 2, 3, 4}  # three that are known, and each nameless slice is one of its own
     alike = (cases[:, None] == cases) & (cases >= 0) | np.eye(9, dtype=bool)
     np.testing.assert_array_equal(heads[:, None] == heads, alike)
     chosen = slices[cases == 7]
-    assert chosen.names.tolist() == ["f", "g", "h"] and dataset.slices_below(chosen).tolist() == [-1, 0, -1]
+    assert chosen.names.tolist() == ["f", "g", "h"]
+    assert dataset.slices_below(chosen.cases, chosen.slice_numbers).tolist() == [-1, 0, -1]
 
 
 # --------------------------------------------------------------------------------------
@@ -233,7 +234,7 @@ def test_all_slices_of_a_head_are_changed_alike():
 
 def changed(image, *amounts):
     """`dataset.change` by pixels down and across, degrees, growth, and ln gamma."""
-    return dataset.change(image, np.array(amounts) / dataset.CHANGE_LIMITS).astype(int)
+    return dataset.change(image, np.array(amounts) / dataset.CHANGE_LIMITS / [*image.shape, 1, 1, 1]).astype(int)
 
 
 CHANGES = {
@@ -256,22 +257,6 @@ def test_no_change_changes_nothing_and_growth_is_of_lengths():
     noise = np.random.default_rng(0).integers(0, 256, (64, 64), "uint8")
     np.testing.assert_array_equal(changed(noise, 0, 0, 0, 0, 0), noise)
     assert changed(disc(), 0, 0, 0, 0.5, 0).sum() / disc().sum() == pytest.approx(1.5**2, rel=0.01)
-
-
-@pytest.mark.parametrize("count", [12, 30])
-def test_principal_components_are_those_of_the_singular_values(count):
-    """Of fewer slices than their 20 pixels, and of more."""
-    images = np.random.default_rng(0).normal(size=(count, 4, 5, 1)).astype("float32") * np.arange(1, 6)[:, None]
-    mean, axes = dataset.principal_components(images, 3)
-    flat = images.reshape(count, 20)
-    exact = np.linalg.svd(flat - flat.mean(axis=0))[2][:3].T
-    np.testing.assert_allclose(np.abs(axes.T @ exact), np.eye(3), atol=1e-3)
-    assert (axes.max(axis=0) == np.abs(axes).max(axis=0)).all()
-    scores = dataset.project(images, (mean, axes))
-    np.testing.assert_allclose(scores, (flat - flat.mean(axis=0)) @ axes, atol=1e-4)
-    assert (np.diff(scores.var(axis=0)) < 0).all() and dataset.project(images, (mean, axes[:, :0])).shape == (count, 0)
-    standardised = dataset.principal_scores(images, 3)(images)
-    np.testing.assert_allclose(standardised, scores / scores.std(axis=0), rtol=1e-6)
 
 
 def numbered_batches(examples=12, seed=3, epochs=range(4)):
@@ -364,7 +349,7 @@ def test_phantoms_load_as_the_real_data_does_and_are_heads(phantoms):
     loaded = dataset.load(phantoms)
     cases = {name: sorted(set(split.cases.tolist())) for name, split in loaded.items()}
     assert cases == {"train": [1, 2, 3], "validate": [402], "test": [441]}
-    assert all(split.labels.tolist() == list(range(32)) * split.subjects for split in loaded.values())
+    assert all(split.slice_numbers.tolist() == list(range(32)) * split.subjects for split in loaded.values())
     images = loaded["train"].images
     assert images[:, :4, :4].max() == 0 and images.max() > 150  # black around, as real slices are
     heads = images.reshape(3, 32, 64, 64).astype(float)

@@ -7,15 +7,15 @@ import re
 import shlex
 import shutil
 
-import numpy as np
-import pytest
-from conftest import TINY, assert_refused, cases, cut, eagerly, run_script, write_data, write_slices
-from PIL import Image
-
 import dataset
 import modules
 import predict
 import train
+
+import numpy as np
+import pytest
+from conftest import TINY, assert_refused, cases, cut, eagerly, files_in, run_script, write_data, write_slices
+from PIL import Image
 
 
 def damage(path):
@@ -168,7 +168,7 @@ def stopped(tmp_path_factory):
     with eagerly(), pytest.MonkeyPatch.context() as patched:
         patched.setattr(train.Checkpoint, "on_epoch_begin", begin_or_stop)
         assert train.main(list(map(str, place.arguments[train]))) == 130
-    assert {path.name for path in place.run.iterdir()} == {"config.json", "vqvae_last.npz", "vqvae_history.csv"}
+    assert files_in(place.run) == ["config.json", "vqvae_history.csv", "vqvae_last.npz"]
     return place
 
 
@@ -177,17 +177,17 @@ def trained(tmp_path_factory):
     """A place whose run has both models, as far as the scripts look before they train or measure."""
     place = Place(tmp_path_factory.mktemp("trained"))
     write_data(place.data, train=[1, 2], validate=[402], test=[441])
-    settings, options = train.parse_arguments(list(map(str, place.arguments[train])))
-    train.prepare_run(settings, options)
+    settings, _ = train.parse_arguments(list(map(str, place.arguments[train])))
+    place.run.mkdir()
+    train.Run(place.run).start(settings, place.data, dataset.fingerprint(dataset.load(place.data)), False)
     finish_with(place, "vqvae", train.make_vqvae(settings))
-    finish_with(place, "pixelcnn", train.make_pixelcnn(settings, num_labels=2))
+    finish_with(place, "pixelcnn", train.make_pixelcnn(settings, range(2), below=True))
     return place
 
 
 def finish_with(place, name, model):
-    model.save(place.run / f"{name}.keras")
-    checksum = dataset.file_checksum(place.run / f"{name}.keras")
-    edit_config(lambda config: config["finished"].update({name: checksum}))(place)
+    run = train.Run(place.run)
+    run.finish(name, model, {"vqvae": run.config["finished"]["vqvae"]["sha256"]} if name == "pixelcnn" else {})
 
 
 def copy_of(place, folder):
@@ -280,9 +280,9 @@ def test_a_run_that_cannot_go_on_or_be_measured_is_refused(row, request, refuse,
     place = copy_of(request.getfixturevalue(kind), tmp_path / "place")
     edit_config(lambda config: config["data"].update(folder=str(place.data)))(place)
     spoil(place)
-    before = {path: path.read_bytes() for path in place.folder.rglob("*.*")}
+    before = {path: path.read_bytes() for path in place.folder.rglob("[!.]*.*")}
     refuse(script, place.arguments[script], *(words.format(run=place.run) for words in expected))
-    assert {path: path.read_bytes() for path in place.folder.rglob("*.*")} == before
+    assert {path: path.read_bytes() for path in place.folder.rglob("[!.]*.*")} == before
 
 
 @pytest.mark.parametrize("flags", ["--seed 1", "--filters 8 16", "--no-mirror"])
@@ -305,12 +305,12 @@ def test_what_a_run_cannot_draw_is_refused(trained, refuse, tmp_path):
     edit_config(lambda config: config["data"].update(folder="gone"))(place)
     refuse(predict, ["--run", place.run], "gone: no such folder", "unzipped")  # control
     for number in (2, -1):
-        refuse(predict, ["--run", place.run, "--slice", 1, number], f"--slice {number}", "2 slice numbers, from 0")
+        refuse(predict, ["--run", place.run, "--slice", 1, number], f"--slice {number}", "slice numbers 0, 1")
     refuse(predict, ["--run", place.run, "--slice", 0, 1], "gone: no such folder")  # control
     settings, _ = train.parse_arguments([*TINY, "--no-below"])
     finish_with(place, "pixelcnn", train.make_pixelcnn(settings))
-    refuse(predict, ["--run", place.run, "--slice", 0], "--slice 0", "0 slice numbers")
-    refuse(predict, ["--run", place.run, "--heads", 1], "--heads", "train without --no-below")
+    refuse(predict, ["--run", place.run, "--slice", 0], "--slice 0", "no slice numbers")
+    refuse(predict, ["--run", place.run, "--heads", 1], "--heads", "without --no-below")
 
 
 # --------------------------------------------------------------------------------------

@@ -3,13 +3,13 @@
 import dataclasses
 import functools
 
+import dataset
+
 import nibabel
 import numpy as np
 import pytest
 from conftest import assert_refused, cases, cut
 from PIL import Image
-
-import dataset
 
 NAMES = [source.name for source in dataset.SOURCES]
 
@@ -115,7 +115,7 @@ def test_a_folder_is_made_of_one_head_a_subject(kind, arrays, tmp_path, capsys):
     splits = dataset.load(target)
     cases = {name: sorted(set(split.cases.tolist())) for name, split in splits.items()}
     assert cases == {"train": [2, 7], "validate": [30], "test": [401]}
-    assert all(split.labels.tolist() == list(range(32)) * split.subjects for split in splits.values())
+    assert all(split.slice_numbers.tolist() == list(range(32)) * split.subjects for split in splits.values())
     pictures = splits["train"].images
     assert np.array_equal(pictures[:32], pictures[32:])  # of the first visit, not of the second
 

@@ -2,15 +2,15 @@
 
 import itertools
 
+import modules
+
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 
-import modules
-
 # What can be told to a PixelCNN; and a model of little.
-EVERYTHING = {"num_labels": 3, "num_scores": 2, "num_changes": 2, "tell_below": True}
+EVERYTHING = {"num_labels": 3, "num_scores": 2, "num_changes": 2, "below": True, "image_size": 4}
 PLAIN = {"context_filters": 0, "learned_position": False}
 
 
@@ -278,7 +278,7 @@ def told_everything(grid):
 
 def with_scores(model):
     """Of ten made-up heads."""
-    model.fit_scores(np.random.default_rng(0).normal(size=(30, 2)), np.arange(30) % 3, np.arange(30) // 3)
+    model.head_scores.fit_gaussian(np.random.default_rng(0).normal(size=(10, 3, 2)))
     return model
 
 
@@ -299,6 +299,23 @@ def test_what_is_told_reaches_every_position_and_unknown_is_nothing_told(name, m
     difference = np.abs(logits - model({"codes": codes, **told})).max(axis=-1)
     assert (difference[known] > 1e-4).all()
     assert (difference[~known] == 0).all()
+
+
+def test_without_conditions_the_network_is_the_plain_pixelcnn():
+    model, codes = make_pixelcnn((4, 6), **PLAIN), random_codes((4, 6))
+    x = model.first(codes)
+    for block in model.blocks:
+        x = block(x)
+    np.testing.assert_array_equal(model(codes), model.logits(x))
+
+
+def test_a_label_is_the_place_of_a_slice_number_among_those_of_train():
+    """Whatever they begin with, and one that is far away costs one level."""
+    model = modules.PixelCNN(6, (2, 2), 8, 1, num_labels=4, slice_numbers=[100, 102, 103, 9999])
+    assert model.labels_of([103, 100, 9999, 101, -1, 0]).tolist() == [2, 0, 3, -1, -1, -1]
+    assert model.labels_of(np.array([], int)).shape == (0,) and model.labels_of([100]).dtype == np.int32
+    assert model.conditioning.maps.shape[0] == 1 + 4
+    assert modules.PixelCNN(6, (2, 2), 8, 1, num_labels=2).slice_numbers == [0, 1]
 
 
 def nats_of(logits, codes):
@@ -391,24 +408,80 @@ def test_a_picture_is_that_of_its_stream_and_seed_however_many_there_are(model):
         np.testing.assert_array_equal(model.sample(4, seed=1, streams=list(streams), **some), first[streams])
     np.testing.assert_array_equal(model.sample(1, seed=1, **{name: v[:1] for name, v in told.items()}), first[:1])
     assert (model.sample(9, seed=2, **told).numpy() != first).any(axis=(1, 2)).all()
-    assert len({picture.tobytes() for picture in model.sample(40, seed=1).numpy()}) == 40
+    many = model.sample(300, seed=1).numpy()  # more than a batch of `in_batches`
+    assert len({picture.tobytes() for picture in many}) == 300
+    np.testing.assert_array_equal(model.sample(3, seed=1, streams=[299, 0, 256]), many[[299, 0, 256]])
     assert model.draw.experimental_get_tracing_count() == 1  # another N or seed does not trace the graph again
 
 
-@pytest.mark.parametrize("heads", [4, 40])
+def heads_of_scores(count):
+    """Scores of heads of three slices, (count, 3, 2): what the slices of a head share, and what they do not."""
+    rng = np.random.default_rng(0)
+    shared, own = rng.normal(size=(count, 1, 2)), 0.5 * rng.normal(size=(count, 3, 2))
+    return shared + own + np.arange(6).reshape(3, 2)
+
+
+def draw_heads(table, count=20_000):
+    """Scores of novel heads, (count, L, S), from the Gaussian of a table of heads."""
+    scores = modules.HeadScores(*table.shape[1:], num_pixels=1)
+    scores.fit_gaussian(table)
+    return np.stack([scores.draw(np.full(count, label), seed=3) for label in range(table.shape[1])], axis=1)
+
+
+@pytest.mark.parametrize("heads", [4, 40, 400])
 def test_drawn_scores_have_the_mean_and_covariance_of_those_of_the_heads(heads):
-    """Also between the numbers of a slice and its neighbour: a stream is one head, of whatever label."""
-    model, rng = make_pixelcnn((2, 2), residual_blocks=1, num_labels=3, num_scores=2), np.random.default_rng(0)
-    table = rng.normal(size=(heads, 1, 2)) + 0.5 * rng.normal(size=(heads, 3, 2)) + np.arange(6).reshape(3, 2)
-    table[1, 2] = np.nan  # a head without that slice: the mean is taken
-    here, labels = np.nonzero(np.isfinite(table[..., 0]))
-    model.fit_scores(table[here, labels], labels, here)
-    drawn = np.stack([model.draw_scores(np.full(20_000, label), seed=3) for label in range(3)], axis=1)
-    mean = np.nanmean(table, axis=0)
-    np.testing.assert_allclose(drawn.mean(axis=0), mean, atol=0.06)
-    covariance = np.cov(np.where(np.isnan(table), mean, table).reshape(heads, 6), rowvar=False)
+    """Also between a slice and its neighbours: a stream is one head."""
+    table = heads_of_scores(heads)
+    drawn, covariance = draw_heads(table), np.cov(table.reshape(heads, 6), rowvar=False)
+    np.testing.assert_allclose(drawn.mean(axis=0), table.mean(axis=0), atol=0.06)
     np.testing.assert_allclose(np.cov(drawn.reshape(-1, 6), rowvar=False), covariance, atol=0.08)
     assert np.abs(covariance[:2, 2:]).max() > 0.3
+
+
+@pytest.mark.parametrize("share", [0.5, 4 / 32])
+def test_missing_slices_do_not_narrow_the_drawn_scores(share):
+    """At each label they have the variance of the slices that are there, and neighbours still belong together."""
+    rng, labels = np.random.default_rng(0), np.arange(32)
+    waves = rng.normal(size=(200, 2, 1, 2)) * np.stack([np.cos(labels / 16), np.sin(labels / 16)])[..., None]
+    table = waves.sum(axis=1) + 5 * labels[:, None]  # (200, 32, 2)
+    table[rng.random((200, 32)) > share] = np.nan
+    table = table[np.isfinite(table[..., 0]).any(axis=1)]
+    there = np.nanstd(table, axis=0, ddof=1)
+    drawn = draw_heads(table, 4000)
+    np.testing.assert_allclose(drawn.std(axis=0), there, rtol=0.1)
+    neighbours = [np.corrcoef(drawn[:, label, 0], drawn[:, label + 1, 0])[0, 1] for label in range(31)]
+    assert np.min(neighbours) > 0.7
+    mean_instead = np.where(np.isnan(table), np.nanmean(table, axis=0), table)
+    assert (mean_instead.std(axis=0) < 0.8 * there).all()  # control: a missing slice taken for the mean of its label
+
+
+def test_scores_are_standardised_and_of_variation_beyond_rounding_alone():
+    """Of black slices and of copies nothing is left that could be blown up to a standard deviation of 1."""
+    images = np.random.default_rng(0).integers(0, 256, (16, 8, 8, 1)).astype("float32") / 255
+    images[10:] = 0
+    scores = modules.HeadScores(4, 12, 64)
+    scores.fit(images, np.arange(16) % 4, np.arange(16) // 4)
+    of_images = scores.of(images)
+    np.testing.assert_allclose(of_images[:, :10].std(axis=0), 1, rtol=1e-4)
+    assert (of_images[:, 10:] == 0).all() and np.abs(of_images).max() < 5
+    assert np.isfinite(scores.draw(np.arange(4), seed=0)).all()
+    nearly = np.full((16, 8, 8, 1), 0.5, np.float32)
+    nearly[0, 0, 0] += 1e-4
+    assert modules.principal_components(nearly, 3)[1].shape == (64, 0)
+
+
+@pytest.mark.parametrize("count", [12, 30])
+def test_principal_components_are_those_of_the_singular_values(count):
+    """Of fewer images than their 20 pixels, and of more."""
+    images = np.random.default_rng(0).normal(size=(count, 4, 5, 1)).astype("float32") * np.arange(1, 6)[:, None]
+    mean, axes = modules.principal_components(images, 3)
+    flat = images.reshape(count, 20)
+    exact = np.linalg.svd(flat - flat.mean(axis=0))[2][:3].T
+    np.testing.assert_allclose(np.abs(axes.T @ exact), np.eye(3), atol=1e-3)
+    assert (axes.max(axis=0) == np.abs(axes).max(axis=0)).all()
+    scores = modules.project(images, (mean, axes))
+    np.testing.assert_allclose(scores, (flat - flat.mean(axis=0)) @ axes, atol=1e-4)
+    assert (np.diff(scores.var(axis=0)) < 0).all()
 
 
 def test_a_stream_is_one_head_and_scores_of_an_unknown_label_are_unknown(model):
@@ -444,20 +517,24 @@ def test_a_residual_block_starts_as_what_passes_it_by():
 
 def test_labels_scores_and_slices_below_are_hidden_from_their_shares(monkeypatch):
     """Each by itself: of 4,000 slices of which the same is told, how many are told of each of the eight choices."""
-    monkeypatch.setattr(modules, "SCORE_NOISE", 0.0)
+    monkeypatch.setattr(modules.Conditioning, "SCORE_NOISE", 0.0)
     model, count = make_pixelcnn((2, 2), residual_blocks=1, **EVERYTHING), 4000
     told = {"labels": np.ones(1, "int32"), "scores": np.ones((1, 2), "float32"), "below": random_codes((2, 2), 1)}
     shares = {"labels": 0.1, "scores": 0.5, "below": 0.5}
     maps, expected = [], []
     for hidden in itertools.product([False, True], repeat=3):
         left = {name: values for (name, values), hide in zip(told.items(), hidden) if not hide}
-        maps.append(model.told_map(1, **left).numpy().ravel())
+        maps.append(model.conditioning(**{**model.conditioning.unknown(1), **left}).numpy().ravel())
         expected.append(np.prod([share if hide else 1 - share for share, hide in zip(shares.values(), hidden)]))
     told = {name: np.repeat(values, count, axis=0) for name, values in told.items()}
 
     def choices(training):
         """Which of `maps` each slice has."""
-        seen = model.told_map(count, **told, training=training).numpy().reshape(count, -1)
+        seen = (
+            model.conditioning(**{**model.conditioning.unknown(count), **told}, training=training)
+            .numpy()
+            .reshape(count, -1)
+        )
         distances = np.abs(seen[:, None] - maps).max(axis=-1)
         assert (np.sort(distances, axis=1)[:, :2] < 1e-4).tolist() == [[True, False]] * count
         return distances.argmin(axis=1)
@@ -470,11 +547,14 @@ def test_labels_scores_and_slices_below_are_hidden_from_their_shares(monkeypatch
 
 
 def test_scores_are_blurred_in_training_alone(monkeypatch):
-    monkeypatch.setattr(modules, "SCORES_HIDDEN", 0.0)
+    monkeypatch.setitem(modules.Conditioning.HIDDEN, "scores", 0.0)
     model = make_pixelcnn((2, 2), residual_blocks=1, num_labels=3, num_scores=2)
     zeros = np.zeros((4000, 2), "float32")
-    maps = {training: model.told_map(4000, training, scores=zeros).numpy() for training in (False, True)}
-    of_scores = model.maps.numpy()[4:6]  # after a constant and three labels
+    maps = {
+        training: model.conditioning(**{**model.conditioning.unknown(4000), "scores": zeros}, training=training).numpy()
+        for training in (False, True)
+    }
+    of_scores = model.conditioning.maps.numpy()[4:6]  # after a constant and three labels
     np.testing.assert_allclose(maps[True].std(axis=0), 0.1 * np.linalg.norm(of_scores, axis=0), rtol=0.06)
     assert (maps[False] == maps[False][0]).all()
 
@@ -513,8 +593,8 @@ def test_a_loss_is_the_mean_over_slices(name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_steps_compiled_by_xla_give_the_same_losses(name, monkeypatch):
-    for chance in ("LABELS_HIDDEN", "SCORES_HIDDEN", "BELOW_HIDDEN", "SCORE_NOISE"):
-        monkeypatch.setattr(modules, chance, 0.0)  # with XLA, random numbers are others
+    monkeypatch.setattr(modules.Conditioning, "HIDDEN", {"labels": 0, "scores": 0, "below": 0})
+    monkeypatch.setattr(modules.Conditioning, "SCORE_NOISE", 0.0)  # with XLA, random numbers are others
     losses = {}
     for compiled in (False, True):
         keras.utils.set_random_seed(0)

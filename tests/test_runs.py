@@ -5,6 +5,11 @@ import json
 import shutil
 import types
 
+import dataset
+import modules
+import predict
+import train
+
 import keras
 import numpy as np
 import pytest
@@ -12,10 +17,6 @@ import scipy.linalg
 import tensorflow as tf
 from conftest import TINY, TRAINED, eagerly, files_in, read_history, run_script, write_data, write_slices
 from skimage.metrics import structural_similarity
-
-import dataset
-import predict
-import train
 
 # Wider layers and more steps than a tiny run has, so that something is learned.
 LONGER = [
@@ -38,10 +39,11 @@ def learned(phantoms, tmp_path_factory):
     predicted = run_script("predict.py", "--run", found.run, "--complete", "--heads", "2")
     assert predicted.returncode == 0, predicted.stderr
     found.report, found.samples = read_report(found.run), dict(np.load(found.run / "samples.npz"))
-    found.config, found.vqvae, found.pixelcnn = predict.load_run(found.run)
+    found.opened = train.Run(found.run)
+    found.vqvae, found.pixelcnn = predict.load_run(found.opened)
     found.splits = splits = dataset.load(phantoms)
     found.train, found.test = (dataset.to_float(splits[name].images) for name in ("train", "test"))
-    found.labels, found.codes = splits["test"].labels, found.vqvae.encode(found.test).numpy()
+    found.labels, found.codes = splits["test"].slice_numbers, found.vqvae.encode(found.test).numpy()
     found.reconstructed = found.vqvae.decode(found.codes).numpy()
     return found
 
@@ -62,7 +64,10 @@ def test_run_holds_every_file_and_nothing_else(learned):
     assert config["settings"]["filters"] == [16, 32]
     assert [config["data"][split]["images"] for split in dataset.SPLITS] == [96, 32, 32]
     for name in ("vqvae", "pixelcnn"):
-        assert config["finished"][name] == hashlib.sha256((learned.run / f"{name}.keras").read_bytes()).hexdigest()
+        assert (
+            config["finished"][name]["sha256"]
+            == hashlib.sha256((learned.run / f"{name}.keras").read_bytes()).hexdigest()
+        )
 
 
 @pytest.mark.parametrize("name, epochs", [("vqvae", 24), ("pixelcnn", 16)])
@@ -77,7 +82,7 @@ def test_kept_model_is_the_best_epoch_by_validation(name, epochs, learned):
         measured = vqvae.evaluate(images, verbose=0, return_dict=True)
         loss = measured["loss"] - measured["quantizer_loss"]
     else:
-        loss = learned.pixelcnn.nll(learned.vqvae.encode(images), labels=validate.labels).numpy().mean()
+        loss = learned.pixelcnn.nll(learned.vqvae.encode(images), labels=validate.slice_numbers).numpy().mean()
     losses = [row["val_loss"] - row.get("val_quantizer_loss", 0) for row in rows]
     assert loss == pytest.approx(min(losses), rel=1e-4) and min(losses) < 0.99 * losses[0]
 
@@ -148,7 +153,9 @@ def test_report_of_the_samples(learned):
         "nearest_train_ssim_mean": similarity.mean(),
         "nearest_train_ssim_max": similarity.max(),
         "test_nearest_train_ssim_mean": nearest(learned.test, seen)[:, 1].mean(),
-        "level_error": np.abs(np.tile(learned.splits["train"].labels, 2)[found.astype(int)] - np.arange(32)).mean(),
+        "level_error": np.abs(
+            np.tile(learned.splits["train"].slice_numbers, 2)[found.astype(int)] - np.arange(32)
+        ).mean(),
         "component_variance_ratio": variances[0] / variances[1],
     }
     assert report == report | approx(expected)
@@ -252,10 +259,10 @@ def test_other_data_are_noted_and_measured(copied_run, tmp_path, capsys):
 @pytest.mark.parametrize("mirror, axis, is_known", [(True, 1, True), (True, 2, False), (False, 1, False)], ids=str)
 def test_a_mirrored_training_slice_is_no_novelty(mirror, axis, is_known, learned):
     """Where the model was shown mirrored slices; those flipped the other way it never saw."""
-    images, labels = learned.train[::8, ::2, ::2, 0], learned.splits["train"].labels[::8]
+    images, labels = learned.train[::8, ::2, ::2, 0], learned.splits["train"].slice_numbers[::8]
     flipped = predict.Measured(np.flip(images, axis), labels, None)
     known = predict.Measured(images, labels, None)
-    components = dataset.principal_components(images, 11)
+    components = modules.principal_components(images, 11)
     report, _, _ = predict.measure_samples(flipped, known, images, known, components, mirror, seed=0)
     assert report["test_nearest_train_ssim_mean"] == pytest.approx(1) and report["test_level_error"] == 0
     assert (report["nearest_train_ssim_mean"] == pytest.approx(1)) == is_known
@@ -273,7 +280,7 @@ def test_data_without_slice_numbers_train_and_predict(tmp_path, refuse):
         test = dataset.load(tmp_path)["test"]
     report, samples = read_report(run), np.load(run / "samples.npz")
     assert samples["labels"].tolist() == [-1] * 4 and samples["labels"].dtype == np.int32
-    _, vqvae, pixelcnn = predict.load_run(run)
+    vqvae, pixelcnn = predict.load_run(train.Run(run))
     assert pixelcnn.num_labels == 0
     np.testing.assert_array_equal(samples["codes"], pixelcnn.sample(4, seed=0))
     nats = pixelcnn.nll(vqvae.encode(dataset.to_float(test.images))).numpy().mean()
@@ -281,7 +288,7 @@ def test_data_without_slice_numbers_train_and_predict(tmp_path, refuse):
     for name in ("level_error", "test_level_error", "component_variance_ratio"):
         assert report["samples"][name] is None
     assert report["data"]["test_subjects"] is report["prior"]["nats_per_code_interval"] is None
-    refuse(predict, ["--run", run, "--heads", 2], "--heads", "not told the slice below")
+    refuse(predict, ["--run", run, "--heads", 2], "--heads", "nothing of the slice below")
 
 
 def test_an_interval_is_of_whole_subjects():
@@ -300,12 +307,12 @@ def test_an_interval_is_of_whole_subjects():
 
 def test_slices_are_drawn_of_the_levels_that_are_asked_for():
     pool, asked = np.repeat(np.arange(4), 5), np.array([2, 0, 2, 3, 2, 0])
-    chosen = predict.draw_of_labels(pool, asked, seed=0)
+    chosen = predict.draw_of_levels(pool, asked, seed=0)
     np.testing.assert_array_equal(pool[chosen], asked)
-    assert len(set(chosen)) == 6 and (predict.draw_of_labels(pool, asked, seed=1) != chosen).any()
+    assert len(set(chosen)) == 6 and (predict.draw_of_levels(pool, asked, seed=1) != chosen).any()
     # Where there is none of a level, or none is asked for, any will do, and no two are the same.
     for label in (-1, 9):
-        assert sorted(predict.draw_of_labels(pool, np.full(20, label), seed=0)) == list(range(20))
+        assert sorted(predict.draw_of_levels(pool, np.full(20, label), seed=0)) == list(range(20))
     assert predict.level_error(np.array([3, 5, -1, 8]), np.array([4, 5, 7, -1])) == 0.5
 
 
@@ -332,11 +339,11 @@ def test_pictured_samples_are_the_first_of_evenly_spaced_levels_in_order():
 def test_the_prior_is_told_the_scores_that_it_knows_from_training(learned):
     """By the maps of --anomalies."""
     vqvae, pixelcnn, images = learned.vqvae, learned.pixelcnn, learned.test
-    detector = predict.make_detector(predict.parse_arguments(["--anomalies", "x"]), learned.config, vqvae, pixelcnn)
+    detector, _ = predict.make_detector(predict.parse_arguments(["--anomalies", "x"]), learned.opened, vqvae, pixelcnn)
     settings = train.Settings(augmentations=0, mirror=False)
-    scores = train.encode_variants(vqvae, learned.splits["train"], pixelcnn.num_scores, settings)[1][:, 0]
-    np.testing.assert_allclose(detector.scores_of(learned.train), scores, rtol=1e-4, atol=1e-4)
-    (nats, _), told = detector.measure(images, learned.labels), {"scores": detector.scores_of(images)}
+    scores = train.encode_variants(vqvae, learned.splits["train"], pixelcnn.head_scores, settings)[1][:, 0]
+    np.testing.assert_allclose(pixelcnn.head_scores.of(learned.train), scores, rtol=1e-4, atol=1e-4)
+    nats, told = detector.measure(images, learned.labels)["nats"], {"scores": pixelcnn.head_scores.of(images)}
     np.testing.assert_allclose(nats, pixelcnn.nll(learned.codes, labels=learned.labels, **told), rtol=1e-5)
     assert not np.allclose(nats, pixelcnn.nll(learned.codes, labels=learned.labels))  # control
 
@@ -345,9 +352,10 @@ def test_what_the_prior_is_told_belongs_to_what_it_is_shown(learned, tmp_path, m
     """A quarter of it is unchanged; changes, scores and the slice below are those of the picture that is shown."""
     settings = train.Settings(augmentations=12, pixelcnn_filters=8, pixelcnn_blocks=1)
     slices, told = learned.splits["train"][:64], {}
-    train.open_run(tmp_path, settings, "", {}, False)
+    run = train.Run(tmp_path)
+    run.config = {"finished": {"vqvae": {"sha256": ""}}}
     monkeypatch.setattr(train, "fit", lambda stage, make_model, counts, prepare, validation: told.update(locals()))
-    train.fit_pixelcnn(tmp_path, settings, learned.vqvae, slices, slices[:8])
+    train.fit_pixelcnn(run, settings, learned.vqvae, slices, slices[:8])
     assert tuple(told["counts"]) == (64, 16)
 
     def shown(example):
@@ -363,13 +371,14 @@ def test_what_the_prior_is_told_belongs_to_what_it_is_shown(learned, tmp_path, m
     np.testing.assert_array_equal(batch["changes"], lower["changes"])  # of the whole head
 
     images = dataset.to_float(slices.images)
-    scores_of = dataset.principal_scores(images, 16)
+    head_scores = modules.HeadScores(32, 16, 64 * 64)
+    head_scores.fit(images, slices.slice_numbers, dataset.heads_of(slices))
 
     def matches(variant, changes):
         """Whether codes and scores are those of the slice, or of its mirror image, changed like this."""
         for image in (slices.images[41], slices.images[41, ::-1]):
             picture = dataset.to_float(dataset.change(image, changes[:-1]) if changes.any() else image)[None]
-            scores = scores_of(picture)[0]
+            scores = head_scores.of(picture)[0]
             agreeing = (learned.vqvae.encode(picture)[0].numpy() == batch["codes"][variant]).mean()
             if agreeing > 0.98 and np.abs(scores - batch["scores"][variant]).max() < 0.02:
                 return True

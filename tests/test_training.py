@@ -8,14 +8,14 @@ import signal
 import subprocess
 import sys
 
+import dataset
+import train
+
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 from conftest import ROOT, TINY, TRAINED, eagerly, files_in, read_history, write_data, write_slices
-
-import dataset
-import train
 
 # --------------------------------------------------------------------------------------
 # A run that was stopped
@@ -43,7 +43,7 @@ def kill_before_rename(monkeypatch, number, name="", replace=os.replace):
 @eagerly()
 def test_stopped_run_ends_as_the_uninterrupted_one(tmp_path, monkeypatch, capsys):
     """The disk is full once; then killed before two files have their names."""
-    data, open_run = write_data(tmp_path / "data", train=[1, 2, 3], validate=[402], test=[441]), train.open_run
+    data, start = write_data(tmp_path / "data", train=[1, 2, 3], validate=[402], test=[441]), train.Run.start
     runs = run, whole = tmp_path / "run", tmp_path / "whole"
     shorter = ["--vqvae-epochs", "2", "--vqvae-batch-size", "3", "--pixelcnn-epochs", "2", "--pixelcnn-blocks", "1"]
 
@@ -51,13 +51,13 @@ def test_stopped_run_ends_as_the_uninterrupted_one(tmp_path, monkeypatch, capsys
         return train.main(["--data", str(data), "--run", str(run), *TINY, *shorter])
 
     def open_and_fill(*arguments):
-        open_run(*arguments)
-        (run / "partial_vqvae_last.npz").symlink_to("/dev/full")
+        start(*arguments)
+        (run / "partial.npz").symlink_to("/dev/full")
 
     assert fit(whole) == 0
     monkeypatch.setattr(train, "SAVE_EVERY", -1)  # after every epoch
     with monkeypatch.context() as patched:
-        patched.setattr(train, "open_run", open_and_fill)
+        patched.setattr(train.Run, "start", open_and_fill)
         assert fit(run) == 2
     assert f"{run / 'vqvae_last.npz'} cannot be written (No space left on device)" in capsys.readouterr().err
     for name, number in (("vqvae.keras", 1), ("pixelcnn_last.npz", 2)):
@@ -85,7 +85,7 @@ def test_a_run_that_is_told_to_stop_saves_its_last_epoch(data, tmp_path):
         error = process.stderr.read()
     assert process.returncode == 130 and "give the same command again" in error and "Traceback" not in error
     with np.load(tmp_path / "run" / "vqvae_last.npz") as last:
-        rows = json.loads(str(last["rows"]))
+        _, rows = json.loads(str(last["rows"]))
     assert len(rows) >= 2 and len(read_history(tmp_path / "run" / "vqvae_history.csv")) == len(rows)
 
 
@@ -130,9 +130,10 @@ def fit_point(run, seed=0, kind=Point, epochs=2, how=eagerly):
     run.mkdir(exist_ok=True)
     settings = train.Settings(seed, vqvae_batch_size=2, vqvae_learning_rate=1.0, cosine_decay=False)
     settings.vqvae_epochs = epochs
-    if not (run / "config.json").exists():
-        train.open_run(run, settings, "", {}, False)
-    stage = train.Stage(run, "vqvae", settings)
+    opened = train.Run(run)
+    if opened.config is None:
+        opened.start(settings, run, {}, False)
+    stage = train.Stage(opened, "vqvae", settings)
     Point.masks.clear()
     with how():
         train.fit(stage, kind, (6, 1), lambda index: tf.gather(PLACES[:6], index[:, 0]), PLACES[6:])
@@ -144,7 +145,7 @@ def loss_at(place):
 
 
 def place_of(stage):
-    return float(keras.saving.load_model(stage.best).place)
+    return float(keras.saving.load_model(stage.run.folder / "vqvae.keras").place)
 
 
 FILES_OF_A_STAGE = 8  # config.json, history and last of two epochs; the best, plot, and config.json again
@@ -195,7 +196,7 @@ def test_ctrl_c_at_the_end_of_an_epoch_saves_what_belongs_together(tmp_path, mon
     with pytest.raises(KeyboardInterrupt):
         fit_point(tmp_path)
     with np.load(tmp_path / "vqvae_last.npz") as last:
-        (row,) = json.loads(str(last["rows"]))
+        _, (row,) = json.loads(str(last["rows"]))
         assert last["last0"] == last["best0"] and row["val_loss"] == loss_at(last["last0"])
 
 
@@ -244,7 +245,7 @@ def make_optimizer(steps, **settings):
     numbers = {"epochs": 10, "learning_rate": 0.5, "warmup_epochs": 0, "muon": False, "clip_norm": 0.0, **settings}
     decay = numbers.pop("cosine_decay", False)
     settings = train.Settings(cosine_decay=decay, **{f"pixelcnn_{name}": value for name, value in numbers.items()})
-    return train.make_optimizer(train.Stage(pathlib.Path(), "pixelcnn", settings), steps)
+    return train.stage_optimizer(train.Stage(train.Run(pathlib.Path("none")), "pixelcnn", settings), steps)
 
 
 @pytest.mark.parametrize("warmup, rises_until", [(0, 0), (2, 20), (50, 50)])
@@ -268,7 +269,7 @@ def test_gradients_are_shortened_where_a_norm_is_given(muon):
 
 
 def test_muon_takes_the_1x1_convolutions_alone():
-    model = train.make_pixelcnn(train.Settings(pixelcnn_filters=8, pixelcnn_blocks=1, num_embeddings=8), 3, 2)
+    model = train.make_pixelcnn(train.Settings(pixelcnn_filters=8, pixelcnn_blocks=1, num_embeddings=8), range(3))
     optimizer = make_optimizer(1, muon=True)
     optimizer.build(model.trainable_variables)
     by_muon = [v.path for v, velocity in zip(model.trainable_variables, optimizer.adam_velocities) if velocity is None]
@@ -290,13 +291,17 @@ def test_slices_without_a_name_do_not_narrow_the_drawn_scores(tmp_path, monkeypa
     settings = train.Settings(filters=(4, 4), pixelcnn_filters=2, pixelcnn_blocks=1, scores=2, augmentations=0)
     with pytest.warns(UserWarning, match="subjects cannot be told apart"):
         splits, made = dataset.load(data), []
-    train.open_run(tmp_path, settings, data, {}, False)
+    run = train.Run(tmp_path / "run")
+    run.config = {"finished": {"vqvae": {"sha256": ""}}}
     monkeypatch.setattr(train, "fit", lambda stage, make_model, *others: made.append(make_model()))
-    train.fit_pixelcnn(tmp_path, settings, train.make_vqvae(settings), splits["train"], splits["validate"])
+    train.fit_pixelcnn(run, settings, train.make_vqvae(settings), splits["train"], splits["validate"])
     images = dataset.to_float(splits["train"].images)
-    scores = dataset.principal_scores(images, 2)(images)
+    scores = made[0].head_scores.of(images)
     for label in (0, 1):
-        of_heads, drawn = scores[splits["train"].labels == label], made[0].draw_scores(np.full(5000, label), seed=0)
+        of_heads, drawn = (
+            scores[splits["train"].slice_numbers == label],
+            made[0].draw_scores(np.full(5000, label), seed=0),
+        )
         np.testing.assert_allclose(np.std(drawn, axis=0), of_heads.std(axis=0, ddof=1), rtol=0.1)
 
 
@@ -347,11 +352,11 @@ def test_both_models_fit_where_int32_variables_are_on_another_device(data, tmp_p
 
 def test_no_variable_is_int32():
     """Of Adam and Muon, with a codebook that is trained by gradient and one that is not."""
-    for values in ({}, train.ORIGINAL):
-        settings = train.Settings(**{**values, "pixelcnn_filters": 4, "pixelcnn_blocks": 1})
-        stages = {"vqvae": train.make_vqvae(settings), "pixelcnn": train.make_pixelcnn(settings, 32, settings.scores)}
+    for flags in ([], ["--original"]):
+        settings, _ = train.parse_arguments([*flags, "--pixelcnn-filters", "4", "--pixelcnn-blocks", "1"])
+        stages = {"vqvae": train.make_vqvae(settings), "pixelcnn": train.make_pixelcnn(settings, range(32), True)}
         for name, model in stages.items():
-            model.compile(train.make_optimizer(train.Stage(pathlib.Path("x"), name, settings), steps=1))
+            model.compile(train.stage_optimizer(train.Stage(train.Run(pathlib.Path("x")), name, settings), 1))
             model.optimizer.build(model.trainable_variables)
             variables = model.variables + model.optimizer.variables + [v for m in model.metrics for v in m.variables]
-            assert {variable.dtype for variable in variables} <= {"int64", "float32"}
+            assert {variable.dtype for variable in variables} <= {"int64", "float32", "float64"}

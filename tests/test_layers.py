@@ -1,0 +1,91 @@
+"""Each layer against Keras's own contract of a layer, plain and under mixed precision; the user's Keras settings."""
+
+import contextlib
+
+import modules
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras.src import testing
+
+RNG = np.random.default_rng(0)
+CODES, FEATURES = RNG.integers(6, size=(2, 4, 6)).astype("int32"), RNG.normal(size=(2, 4, 6, 8)).astype("float32")
+LAYERS = {
+    "quantizer, moving average": (modules.VectorQuantizer, {"num_embeddings": 7, "embedding_dim": 8}, FEATURES),
+    "quantizer, by gradient": (
+        modules.VectorQuantizer,
+        {"num_embeddings": 7, "embedding_dim": 8, "ema_decay": None},
+        FEATURES,
+    ),
+    "mask A": (modules.MaskedConv2D, {"filters": 4, "kernel_size": 5, "mask_type": "A"}, FEATURES),
+    "mask B": (modules.MaskedConv2D, {"filters": 4, "kernel_size": 3, "mask_type": "B"}, FEATURES),
+    "mask A of codes": (modules.MaskedCodeConv2D, {"num_embeddings": 6, "filters": 4, "kernel_size": 7}, CODES),
+    "residual block": (modules.ResidualBlock, {"filters": 8, "dropout": 0.1, "zero_init": False}, FEATURES),
+    "row context": (modules.RowContext, {"filters": 4, "dropout": 0.1}, FEATURES),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layer_keeps_the_contract_of_keras(name):
+    """Its configuration, building, symbolic call, a step of training, and mixed precision."""
+    layer, arguments, inputs = LAYERS[name]
+    testing.TestCase().run_layer_test(layer, arguments, input_data=inputs, run_mixed_precision_check=True)
+
+
+def test_conditioning_keeps_the_contract_of_keras():
+    """Its inputs have names, for which Keras's test has no training step."""
+    sizes = {"num_labels": 3, "num_scores": 2, "num_changes": 2, "below": True, "learned_position": True}
+    arguments = {"grid": (4, 6), "filters": 8, "num_embeddings": 64, **sizes}
+    shapes = {"labels_shape": (2,), "scores_shape": (2, 2), "below_shape": (2, 4, 6), "changes_shape": (2, 2)}
+    kinds = dict(zip(shapes, ("int32", "float32", "int32", "float32")))
+    testing.TestCase().run_layer_test(
+        modules.Conditioning, arguments, input_shape=shapes, input_dtype=kinds, run_training_check=False
+    )
+
+
+def test_scores_reopen_with_their_axes(tmp_path):
+    """In another process too they are the same numbers: nothing is fitted again."""
+    images = RNG.random((12, 4, 4, 1)).astype("float32")
+    model = modules.PixelCNN(6, (2, 2), 8, 1, num_labels=3, num_scores=2, image_size=4)
+    model.head_scores.fit(images, np.arange(12) % 3, np.arange(12) // 3)
+    model.save(tmp_path / "pixelcnn.keras")
+    reopened = keras.saving.load_model(tmp_path / "pixelcnn.keras")
+    np.testing.assert_array_equal(reopened.head_scores.of(images), model.head_scores.of(images))
+    np.testing.assert_array_equal(reopened.draw_scores([0, 2], seed=1), model.draw_scores([0, 2], seed=1))
+
+
+@contextlib.contextmanager
+def set_keras(policy="float32", floatx="float32", data_format="channels_last"):
+    """The user's own settings of Keras."""
+    before = keras.config.dtype_policy(), keras.config.floatx(), keras.config.image_data_format()
+    for name, value in zip(("dtype_policy", "floatx", "image_data_format"), (policy, floatx, data_format)):
+        getattr(keras.config, f"set_{name}")(value)
+    try:
+        yield
+    finally:
+        for name, value in zip(("dtype_policy", "floatx", "image_data_format"), before):
+            getattr(keras.config, f"set_{name}")(value)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"policy": "mixed_float16"}, {"floatx": "float64"}, {"data_format": "channels_first"}], ids=str
+)
+def test_models_are_float32_with_the_channels_last_whatever_keras_is_set_to(settings):
+    def numbers():
+        keras.utils.set_random_seed(0)
+        vqvae = modules.VQVAE(8, 4, image_size=16, filters=(4, 4), encoder_blocks=1, decoder_blocks=1)
+        pixelcnn = modules.PixelCNN(8, (4, 4), 8, 2, dropout=0.1, context_filters=4, num_labels=2, below=True)
+        images = np.random.default_rng(0).random((6, 16, 16, 1)).astype("float32")
+        vqvae.compile(keras.optimizers.Adam(1e-3), run_eagerly=True)
+        vqvae.fit(images, verbose=0)
+        codes = vqvae.encode(images)
+        return [codes, vqvae.decode(codes), pixelcnn(codes), pixelcnn.sample(3, seed=0, labels=np.zeros(3, np.int32))]
+
+    with set_keras(**settings):
+        found = numbers()
+        assert keras.config.dtype_policy().name == settings.get("policy", "float32")  # the user's are left as they are
+    for ours, expected in zip(found, numbers()):
+        assert ours.dtype == expected.dtype and ours.dtype in (tf.float32, tf.int32)
+        np.testing.assert_allclose(ours, expected, atol=1e-5)
