@@ -25,7 +25,9 @@ from train import Run, quote
 
 import numpy as np
 from matplotlib import colormaps
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from PIL import Image
 from scipy import stats
 from skimage.metrics import structural_similarity
 
@@ -555,21 +557,33 @@ def draw_anomalies(folder, names, found, kind):
         "mean restoration": (found["restored"], "gray", 1),
         "anomaly map": (found["anomaly_map"], "inferno", found["anomaly_map"].max()),
     }
-    figure = Figure(figsize=(9.6, 2.9), layout="constrained")
+    figure = Figure(figsize=(9.6, 2.9), dpi=85, layout="constrained")
     for axis, (title, (values, cmap, highest)) in zip(figure.subplots(1, len(maps)), maps.items()):
         show(axis, values[0], cmap=cmap, vmax=highest)
         axis.set_title(title, fontsize=9)
         if cmap != "gray":
             figure.colorbar(axis.images[0], ax=axis, shrink=0.8).ax.tick_params(labelsize=7)
-    title = figure.suptitle(" ", fontsize=9, parse_math=False)
+    axes, title = figure.axes[: len(maps)], figure.suptitle(names[0], fontsize=9, parse_math=False)
+    changing = [title, *(artist for axis in axes for artist in (axis.images[0], *axis.spines.values()))]
+
+    # What is the same in all pictures is laid out and drawn once.
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    figure.set_layout_engine("none")
+    for artist in changing:
+        artist.set_animated(True)  # left out of what is drawn next
+    canvas.draw()
+    background = canvas.copy_from_bbox(figure.bbox)
     print(f"drawing {len(names)} pictures")
     for i, picture in enumerate(dataset.progress(picture_names(names), "picture")):
-        for axis, (values, _, _) in zip(figure.axes, maps.values()):
+        canvas.restore_region(background)
+        for axis, (values, _, _) in zip(axes, maps.values()):
             axis.images[0].set_data(values[i])
         score = f"score {found['score'][i]:.2f}, above {found['percentile'][i]:.0f} % of the validation {kind}s"
         title.set_text(f"{names[i]}: {score}")
-        save(figure, folder / picture)
-        figure.set_layout_engine("none")  # the first layout serves them all, and takes most of the time
+        for artist in changing:
+            figure.draw_artist(artist)
+        dataset.write_whole(folder / picture, Image.fromarray(np.asarray(canvas.buffer_rgba())).save)
 
 
 def save_anomalies(folder, names, found):
