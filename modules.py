@@ -951,7 +951,8 @@ class PixelCNN(SavesItsArguments, keras.Model):
             return self.draw(self.conditioning(**batch), known, streams, seed, temperature)
 
         inputs = self.conditioning.unknown(num_samples) | conditions
-        return in_batches(draw_batch, {**inputs, "known": known, "streams": streams.astype(np.int32)}, verbose)
+        inputs |= {"known": known, "streams": streams.astype(np.int32)}
+        return in_batches(draw_batch, inputs, verbose, size=512)
 
     # The sampler. What it draws is what this draws:
     #

@@ -27,7 +27,7 @@ import numpy as np
 
 BINARISED = 0  # seed
 VALIDATE = 5000  # images
-BATCH_SIZE, WARMUP, LEARNING_RATE = 32, 214, 1e-2  # images a step; steps; at its highest
+BATCH_SIZE, WARMUP, LEARNING_RATE = 32, 200, 3e-3  # images a step; steps; at its highest
 
 
 def read_digits(path):
