@@ -13,6 +13,7 @@ the ROC curve, changed slices against the same unchanged. The third has what mat
 """
 
 import argparse
+import collections
 import pathlib
 import sys
 
@@ -21,7 +22,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import dataset
 import modules
 import predict
-import train
+from train import Run
 
 import numpy as np
 import tensorflow as tf
@@ -30,11 +31,6 @@ from scipy import ndimage, stats
 RADII = 3, 6  # pixels
 HEAD_ABOVE = 0.05  # the background of skull-stripped slices is 0
 RESAMPLES = 200  # of the subjects
-
-
-# --------------------------------------------------------------------------------------
-# Changes: the slice (64, 64), the disk, another slice, random numbers -> the changed slice
-# --------------------------------------------------------------------------------------
 
 
 class Disk:
@@ -49,8 +45,11 @@ class Disk:
         self.inside = self.distance <= self.radius
 
     def moved(self, image, by):
-        """The image, each pixel fetched from so far away: (2, 64, 64)."""
+        """The image, each pixel fetched from so far away: (2, H, W)."""
         return ndimage.map_coordinates(image, np.indices(image.shape) + by, order=1, mode="nearest")
+
+
+# Changes: a slice (H, W), the disk, another slice, random numbers -> the changed slice
 
 
 def shuffle(image, disk, other, rng):
@@ -86,7 +85,7 @@ def head_of(image):
 
 
 def change(images, subjects, kind, seed, indices):
-    """Slices with one change of a kind each, rounded as a PNG is, and the disks: (N, 64, 64), bool (N, 64, 64)."""
+    """Slices with one change of a kind each, rounded as a PNG is, and the disks: (N, H, W), bool (N, H, W)."""
     changed, disks = [], []
     for index in indices:
         rng = np.random.default_rng([seed, list(KINDS).index(kind), index])
@@ -96,11 +95,6 @@ def change(images, subjects, kind, seed, indices):
         changed.append(np.rint(255 * image.clip(0, 1)) / 255)
         disks.append(disk.inside)
     return np.array(changed, np.float32), np.array(disks)
-
-
-# --------------------------------------------------------------------------------------
-# Measures
-# --------------------------------------------------------------------------------------
 
 
 def hits(scores, truth):
@@ -120,33 +114,19 @@ def auroc(changed, unchanged):
     return stats.mannwhitneyu(changed, unchanged).statistic / len(changed) / len(unchanged)
 
 
-def interval(statistic, cases):
-    """statistic(indices of slices): of all, and of RESAMPLES draws of as many subjects."""
-    draws = [np.arange(len(cases)), *predict.resample(cases, RESAMPLES)]
-    return np.array([statistic(chosen) for chosen in draws])
-
-
-# --------------------------------------------------------------------------------------
-# Maps
-# --------------------------------------------------------------------------------------
-
-
-def smooth(maps):
-    return ndimage.gaussian_filter(maps, modules.AnomalyDetector.SMOOTHING * maps.shape[1], axes=(1, 2))
-
-
 def maps_of(detector, images, labels, clean_reconstructed):
-    """Every row of the first table, for images (N, 64, 64, 1): {name: (N, 64, 64)}."""
+    """Every row of the first table, for images (N, H, W, 1): {name: (N, H, W)}."""
     terms = detector.measure(images, labels)
-    nats = terms["nats"]
-    surprise = tf.image.resize(nats[..., None], images.shape[1:3]).numpy()[..., 0]
+    blur = detector.SMOOTHING * images.shape[1]
     return {
         "z-score by level, smoothed": terms["level"],
         "residual, smoothed": terms["residual"],
-        "surprise": surprise,
+        "surprise": tf.image.resize(terms["nats"][..., None], images.shape[1:3]).numpy()[..., 0],
         "surprise, smoothed, both orders": terms["surprise"],
         "anomaly map": detector.combine(terms),
-        "oracle: clean reconstruction": smooth(np.abs(images - clean_reconstructed)[..., 0]),
+        "oracle: clean reconstruction": ndimage.gaussian_filter(
+            np.abs(images - clean_reconstructed)[..., 0], blur, axes=(1, 2)
+        ),
     }
 
 
@@ -159,25 +139,29 @@ def scores_of(detector, maps):
     }
 
 
-def print_table(title, rows):
-    """Print {name: {kind: number}} in Markdown, with the mean."""
-    print(f"\n| {title} | " + " | ".join(KINDS) + " | mean |\n|---" + "|---" * (len(KINDS) + 1) + "|")
-    for name, values in rows.items():
-        cells = [f"{values[kind]:.3f}" for kind in KINDS] + [f"{np.mean(list(values.values())[:-1]):.3f}"]
+def print_table(title, columns, rows):
+    """Print {name: cells} in Markdown."""
+    print(f"\n|{title} | " + " | ".join(columns) + " |\n|" + "---|" * (1 + len(columns)))
+    for name, cells in rows.items():
         print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
 
 
-def print_intervals(name, resampled):
-    cells = ["{:.3f} ({:.2f} to {:.2f})".format(of[0], *np.percentile(of[1:], [2.5, 97.5])) for of in resampled]
-    print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
+def with_mean(values):
+    """Cells of a value for each kind, and of their mean without the last."""
+    return [f"{value:.3f}" for value in (*values, np.mean(values[:-1]))]
+
+
+def with_intervals(resampled):
+    """A cell of each measure: (1 + RESAMPLES, measures), the first of all subjects."""
+    return ["{:.3f} ({:.2f} to {:.2f})".format(of[0], *np.percentile(of[1:], [2.5, 97.5])) for of in resampled.T]
 
 
 def parse_arguments(arguments):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--data", type=dataset.folder, help="folder of the slices (default: where the run was trained)")
-    parser.add_argument(
-        "--run", type=dataset.folder, default="runs/oasis", help="folder that train.py filled (default: %(default)s)"
-    )
+    where = "folder of the slices (default: where the run was trained)"
+    parser.add_argument("--data", type=dataset.folder, help=where)
+    filled = "folder that train.py filled (default: %(default)s)"
+    parser.add_argument("--run", type=dataset.folder, default="runs/oasis", help=filled)
     parser.add_argument("--split", choices=("validate", "test"), default="test")
     parser.add_argument("--slices", type=int, default=160, metavar="N", help="evenly spaced (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the changes (default: %(default)s)")
@@ -185,52 +169,52 @@ def parse_arguments(arguments):
 
 
 def measure(options):
-    run = train.Run(options.run)
+    run = Run(options.run)
     vqvae, pixelcnn = predict.load_run(run)
     splits = ("test",) if options.split == "test" else ("train", "validate")  # train, to hold out of it where need be
-    split = dataset.load(options.data or run.data_folder, splits, run.config["settings"]["image_size"])[options.split]
+    split = predict.load_data(options, run, splits)[0][options.split]
     if not split.subjects or split.subjects < 2:
         raise dataset.UserError(f"{options.split}: two subjects at least are needed, and names that tell them")
-    detector = predict.make_detector(options, run, vqvae, pixelcnn)[0]
+    detector, _ = predict.make_detector(options, run, vqvae, pixelcnn)
     images = dataset.to_float(split.images)
     chosen = predict.evenly(options.slices, len(images))
-    clean, labels, cases = images[chosen], pixelcnn.labels_of(split.slice_numbers)[chosen], split.cases[chosen]
+    clean, labels = images[chosen], pixelcnn.labels_of(split.slice_numbers[chosen])
     heads = np.array([head_of(image) for image in clean[..., 0]])
+    draws = [np.arange(len(chosen)), *predict.resample(split.cases[chosen], RESAMPLES)]
 
     reconstructed = vqvae.decode(vqvae.encode(clean)).numpy()
     unchanged = scores_of(detector, maps_of(detector, clean, labels, reconstructed))
-    prevalence, precision, curves, resampled = {}, {}, {}, {}
+    precision, curves, resampled = collections.defaultdict(list), collections.defaultdict(list), {}
     for kind in KINDS:
         print(f"{kind}: changing and examining {len(chosen)} slices")
         changed, disks = change(images[..., 0], split.cases, kind, options.seed, chosen)
         maps = maps_of(detector, changed[..., None], labels, reconstructed)
         scores = scores_of(detector, maps)
-        prevalence[kind] = disks[heads].mean()
+        precision["chance"].append(disks[heads].mean())
         for name, values in maps.items():
-            precision.setdefault(name, {})[kind] = average_precision(values[heads], disks[heads])
+            precision[name].append(average_precision(values[heads], disks[heads]))
         for name, values in scores.items():
-            curves.setdefault(name, {})[kind] = auroc(values, unchanged[name])
+            curves[name].append(auroc(values, unchanged[name]))
+        found, score = maps["anomaly map"], "score of anomalies.csv"
+        measures = [
+            (average_precision(found[i][heads[i]], disks[i][heads[i]]), auroc(scores[score][i], unchanged[score][i]))
+            for i in draws
+        ]
+        resampled[kind] = np.array(measures)
 
-        def precision_of(i, values=maps["anomaly map"], disks=disks):
-            return average_precision(values[i][heads[i]], disks[i][heads[i]])
-
-        def auroc_of(i, values=scores["score of anomalies.csv"], normal=unchanged["score of anomalies.csv"]):
-            return auroc(values[i], normal[i])
-
-        resampled[kind] = [interval(statistic, cases) for statistic in (precision_of, auroc_of)]
-
-    print_table("average precision", {"chance": prevalence, **precision})
-    print_table("AUROC of the slice", curves)
-    print("\n| | average precision of the anomaly map | AUROC of the slice, by its score |\n|---|---|---|")
-    for kind, values in resampled.items():
-        print_intervals(kind, values)
-    print_intervals("mean", np.mean(list(resampled.values())[:-1], axis=0))
+    resampled["mean"] = np.mean(list(resampled.values())[:-1], axis=0)
+    kinds = [*KINDS, "mean"]
+    print_table(" average precision", kinds, {name: with_mean(values) for name, values in precision.items()})
+    print_table(" AUROC of the slice", kinds, {name: with_mean(values) for name, values in curves.items()})
+    columns = ["average precision of the anomaly map", "AUROC of the slice, by its score"]
+    print_table("", columns, {kind: with_intervals(values) for kind, values in resampled.items()})
 
 
 def main(arguments=None):
     options = parse_arguments(arguments)
     print(modules.set_up_devices())
-    return dataset.run_script("anomalies.py", measure, options)
+    with modules.keras_defaults():
+        return dataset.run_script("anomalies.py", measure, options)
 
 
 if __name__ == "__main__":

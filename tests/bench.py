@@ -5,7 +5,7 @@
     python tests/bench.py --only a b                      # sampling alone
 
 (a) sampling 50 pictures, against one `predict` of the same network for every grid position
-(b) sampling 256 pictures, against one compiled forward pass over 256 pictures
+(b) sampling 256 pictures, in compiled forward passes of the same network over 256 pictures
 (c) what is written otherwise than in a textbook, forwards and backwards, against the textbook's form
 (d) loading a split, against `keras.utils.load_img` in a loop and against bare decoding
 
@@ -39,46 +39,32 @@ REPETITIONS = 5
 EVERY = 8  # (a) times one grid position in this many, and scales
 BATCH = 128  # of (c)
 
-PUBLISHED = train.Settings()
-ORIGINAL, _ = train.parse_arguments(["--original"])
+PUBLISHED, ORIGINAL = (train.parse_arguments(flags)[0] for flags in ([], ["--original"]))
 
 
-# --------------------------------------------------------------------------------------
-# Timing and printing
-# --------------------------------------------------------------------------------------
-
-
-def measure(*functions):
-    """Seconds that each function takes, in turns: (functions, REPETITIONS)."""
-
-    def seconds(function):
-        started = time.perf_counter()
-        function()
-        tf.test.experimental.sync_devices()  # a GPU may still be at it
-        return time.perf_counter() - started
-
-    turns = [[seconds(function) for function in functions] for _ in range(1 + REPETITIONS)]
-    return np.array(turns[1:]).T
+def seconds(function):
+    started = time.perf_counter()
+    function()
+    tf.test.experimental.sync_devices()  # a GPU may still be at it
+    return time.perf_counter() - started
 
 
 def number(value):
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def row(what, ours, against, theirs, ratio):
+def print_row(what="", ours="ours", against="against", theirs="", ratio="ratio"):
     print(f"{what:<41} {ours:>8}   {against:<36} {theirs:>8}   {ratio}", flush=True)
 
 
-def compare(what, ours, against, theirs, unit=None):
-    """Print a row of two medians: how many times faster ours is, or ours in units of the other side."""
-
-    def ratio(ours, theirs):
-        return ours / theirs if unit else theirs / ours
-
-    medians, turns = (np.median(ours), np.median(theirs)), ratio(ours, theirs)
-    ours, theirs = (f"{number(median)} s" for median in medians)
-    spread = f"({number(turns.min())} to {number(turns.max())})"
-    row(what, ours, against, theirs, f"{number(ratio(*medians))}{unit or 'x'} {spread}")
+def compare(what, ours, against, theirs, unit=None, scale=1):
+    """Time two functions in turns, and print how many times faster ours is, or ours in units of the other side."""
+    turns = [[seconds(ours), scale * seconds(theirs)] for _ in range(1 + REPETITIONS)]
+    turns = np.array([*turns[1:], np.median(turns[1:], axis=0)])
+    *ratios, ratio = turns[:, 0] / turns[:, 1] if unit else turns[:, 1] / turns[:, 0]
+    ours, theirs = (f"{number(median)} s" for median in turns[-1])
+    spread = f"({number(min(ratios))} to {number(max(ratios))})"
+    print_row(what, ours, against, theirs, f"{number(ratio)}{unit or 'x'} {spread}")
 
 
 def print_header(devices):
@@ -89,12 +75,7 @@ def print_header(devices):
     print(devices)
     print(", ".join(f"{library} {version}" for library, version in train.library_versions().items()))
     print(f"medians of {REPETITIONS} repetitions in turns\n")
-    row("", "ours", "against", "", "ratio")
-
-
-# --------------------------------------------------------------------------------------
-# The parts
-# --------------------------------------------------------------------------------------
+    print_row()
 
 
 def bench_sampling(settings, parts):
@@ -104,25 +85,25 @@ def bench_sampling(settings, parts):
     name = f"{height}x{width}, K={model.num_embeddings}, {model.filters} filters"
     positions = range(0, size, EVERY)
 
-    def told(pictures):
-        return {"labels": np.arange(pictures, dtype=np.int32) % 32} if settings.labels else {}
+    def sample(count):
+        return model.sample(count, seed=0, labels=labels[:count])
 
     def predict_per_position():
         codes = np.zeros((50, height, width), "int32")
         for position in positions:
-            logits = model.predict({"codes": codes, **told(50)}, verbose=0)
+            logits = model.predict({"codes": codes, "labels": labels[:50]}, verbose=0)
             here = (slice(None), *divmod(position, width))
             codes[here] = tfp.distributions.Categorical(logits=logits[here]).sample()
 
+    labels = model.labels_of(np.arange(256) % 32)
     if "a" in parts:
-        ours, theirs = measure(lambda: model.sample(50, seed=0, **told(50)), predict_per_position)
-        against = f"{size} predicts ({len(positions)} timed, scaled)"
-        compare(f"(a) sample 50: {name}", ours, against, theirs * size / len(positions))
+        against, scale = f"{size} predicts ({len(positions)} timed, scaled)", size / len(positions)
+        compare(f"(a) sample 50: {name}", lambda: sample(50), against, predict_per_position, scale=scale)
     if "b" in parts:
-        codes = np.random.default_rng(0).integers(model.num_embeddings, size=(256, height, width), dtype="int32")
-        inputs, one_pass = tf.nest.map_structure(tf.constant, {"codes": codes, **told(256)}), tf.function(model)
-        sampling, passing = measure(lambda: model.sample(256, seed=0, **told(256)), lambda: one_pass(inputs))
-        compare(f"(b) sample 256: {name}", sampling, "a pass of this network over 256", passing, " passes")
+        codes = tf.random.uniform((256, height, width), maxval=model.num_embeddings, dtype=tf.int32)
+        inputs, one_pass = {"codes": codes, "labels": tf.constant(labels)}, tf.function(model)
+        against = "a pass of this network over 256"
+        compare(f"(b) sample 256: {name}", lambda: sample(256), against, lambda: one_pass(inputs), " passes")
 
 
 def bench_part(name, textbook, ours, theirs, variables):
@@ -142,80 +123,72 @@ def bench_part(name, textbook, ours, theirs, variables):
     difference = np.abs(ours()[0] - theirs()[0]).max()
     if difference > 1e-4:
         raise AssertionError(f"{name}: the two sides differ by {difference}")
-    our_seconds, their_seconds = measure(ours, theirs)
-    compare(f"(c) {name}", our_seconds, textbook, their_seconds)
+    compare(f"(c) {name}", ours, textbook, theirs)
 
 
 def bench_parts(settings):
     model = train.make_pixelcnn(settings)
     first, masked = model.first, model.blocks[0].masked
-    rng = np.random.default_rng(0)
-    codes = tf.constant(rng.integers(first.num_embeddings, size=(BATCH, *model.grid), dtype="int32"))
-    x = tf.constant(rng.normal(size=(BATCH, *model.grid, masked.filters)), tf.float32)
-    size = settings.image_size
-    images, others = (tf.constant(rng.random((BATCH, size, size, 1)), tf.float32) for _ in range(2))
+    codes = tf.random.uniform((BATCH, *model.grid), maxval=first.num_embeddings, dtype=tf.int32)
+    x = tf.random.normal((BATCH, *model.grid, masked.filters))
+    images, others = tf.random.uniform((2, BATCH, settings.image_size, settings.image_size, 1))
 
-    def full(layer):
-        """The k x k kernel of a masked layer, zeros where it is masked."""
+    def plain(layer, inputs):
+        """A convolution with the k x k kernel of a masked layer, zeros where it is masked."""
         k, (taps, *channels) = layer.kernel_size, layer.kernel.shape
-        return tf.reshape(tf.concat([layer.kernel, tf.zeros((k * k - taps, *channels))], axis=0), (k, k, *channels))
+        kernel = tf.concat([layer.kernel, tf.zeros((k * k - taps, *channels))], axis=0)
+        return tf.nn.conv2d(inputs, tf.reshape(kernel, (k, k, *channels)), 1, "SAME") + layer.bias
 
-    def plain_first():
-        return tf.nn.conv2d(tf.one_hot(codes, first.num_embeddings), full(first), 1, "SAME") + first.bias
-
-    def plain_masked():
-        return tf.nn.conv2d(x, full(masked), 1, "SAME") + masked.bias
-
-    kernels = [layer.kernel.value for layer in (first, masked)]
-    bench_part("first layer", "7x7 convolution of one-hot codes", lambda: first(codes), plain_first, kernels[0])
-    bench_part("masked 3x3", "3x3 convolution, masked kernel", lambda: masked(x), plain_masked, kernels[1])
+    # fmt: off
+    bench_part("first layer", "7x7 convolution of one-hot codes", lambda: first(codes),
+               lambda: plain(first, tf.one_hot(codes, first.num_embeddings)), first.kernel.value)
+    bench_part("masked 3x3", "3x3 convolution, masked kernel", lambda: masked(x),
+               lambda: plain(masked, x), masked.kernel.value)
     bench_part("SSIM", "tf.image.ssim", lambda: modules.ssim(images, others),
-               lambda: tf.image.ssim(images, others, 1.0), others)  # fmt: skip
+               lambda: tf.image.ssim(images, others, 1.0), others)
+    # fmt: on
 
 
-def bench_loading(data):
+def bench_loading(data, size):
     """(d)"""
     paths = dataset.list_slices(dataset.find_data(data) / "keras_png_slices_train")
-    size = (PUBLISHED.image_size, PUBLISHED.image_size)
 
     def read_images():
         with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress
-            dataset.read_images(paths, "train", PUBLISHED.image_size)
+            dataset.read_images(paths, "train", size)
 
     def load_img():
         for path in paths:
-            keras.utils.img_to_array(keras.utils.load_img(path, color_mode="grayscale", target_size=size))
+            keras.utils.img_to_array(keras.utils.load_img(path, color_mode="grayscale", target_size=(size, size)))
 
     def decode_only():
         files = tf.data.Dataset.from_tensor_slices([str(path) for path in paths])
         images = files.map(lambda path: tf.io.decode_png(tf.io.read_file(path), 1), num_parallel_calls=tf.data.AUTOTUNE)
         images.reduce(0, lambda total, image: total + tf.size(image))
 
-    ours, loop, floor = measure(read_images, load_img, decode_only)
-    compare(f"(d) load {len(paths)} slices", ours, "load_img in a loop", loop)
-    compare(f"(d) load {len(paths)} slices", ours, "bare decoding on all cores", floor, " of it")
+    compare(f"(d) load {len(paths)} slices", read_images, "load_img in a loop", load_img)
+    compare(f"(d) load {len(paths)} slices", read_images, "bare decoding on all cores", decode_only, " of it")
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--data", help="folder of the slices (default: phantoms, drawn into a temporary folder)")
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
+    where = "folder of the slices (default: phantoms, drawn into a temporary folder)"
+    parser.add_argument("--data", type=dataset.folder, help=where)
     parser.add_argument("--only", nargs="+", choices="abcd", default="abcd", help="parts to run (default: all)")
     options = parser.parse_args(arguments)
     print_header(modules.set_up_devices())
-    for settings in (PUBLISHED, ORIGINAL):
-        if "a" in options.only or "b" in options.only:
+    if {"a", "b"} & {*options.only}:
+        for settings in (PUBLISHED, ORIGINAL):
             bench_sampling(settings, options.only)
     if "c" in options.only:
         bench_parts(PUBLISHED)
     if "d" in options.only:
         with tempfile.TemporaryDirectory() as folder:
-            data = options.data
-            if not data:
-                data = pathlib.Path(folder) / "phantom_slices"
+            data = options.data or pathlib.Path(folder) / "phantom_slices"
+            if not options.data:
                 dataset.write_phantom(data)
-            bench_loading(data)
+            bench_loading(data, PUBLISHED.image_size)
 
 
 if __name__ == "__main__":

@@ -57,10 +57,10 @@ def write_slices(folder, names):
         Image.fromarray(pixels).save(folder / name)
 
 
-def write_data(root, **cases):
-    """The layout of the real data, with two slices of each case: write_data(root, train=[1, 2], test=[3])."""
-    for split, numbers in cases.items():
-        names = [f"case_{case:03d}_slice_{index}.nii.png" for case in numbers for index in range(2)]
+def write_data(root, slice_numbers=(0, 1), **cases):
+    """The layout of the real data, with two slices of each case or those numbers: write_data(root, train=[1, 2])."""
+    for split, heads in cases.items():
+        names = [f"case_{case:03d}_slice_{number}.nii.png" for case in heads for number in slice_numbers]
         write_slices(root / f"keras_png_slices_{split}", names)
     return root
 
@@ -96,8 +96,29 @@ def run_script(script, *arguments, **options):
     return subprocess.run(command, capture_output=True, text=True, timeout=240, **options)
 
 
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing catches it, nothing is tidied up."""
+
+
+@contextlib.contextmanager
+def killed_before(function, name=None, number=1):
+    """A script is killed when it is about to call os.replace or os.unlink, of that name, for that many-th time."""
+    call, calls = getattr(os, function), []
+
+    def call_or_die(*paths, **options):
+        if name in (None, pathlib.Path(paths[-1]).name):
+            calls.append(paths)
+            if len(calls) == number:
+                raise Killed
+        call(*paths, **options)
+
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(os, function, call_or_die)
+        yield
+
+
 def files_in(folder):
-    """Names, without the hidden ones such as the lock of a run."""
+    """Names of its files and folders, without the hidden ones, such as the lock of a run."""
     return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
 
 

@@ -13,17 +13,17 @@ import anomalies
 import bench
 import numpy as np
 import pytest
-from conftest import TINY, cut
+from conftest import TINY, cut, files_in, killed_before
 from PIL import Image
 
 
 @pytest.fixture(scope="module")
 def run(phantoms, tmp_path_factory):
-    """A tiny run whose prior is told the slice number alone, and has seen enough to know the levels."""
+    """A tiny run whose prior is conditioned on the slice number alone, and has seen enough to know the levels."""
     run = tmp_path_factory.mktemp("anomalies") / "run"
     number_alone = "--scores 0 --no-below --augmentations 0 --context-filters 0 --dropout 0 --pixelcnn-blocks 1"
-    longer = "--pixelcnn-epochs 15 --pixelcnn-batch-size 8"
-    arguments = ["--data", str(phantoms), "--run", str(run), *TINY, *number_alone.split(), *longer.split()]
+    longer = f"{number_alone} --pixelcnn-epochs 15 --pixelcnn-batch-size 8"
+    arguments = ["--data", str(phantoms), "--run", str(run), *TINY, *longer.split()]
     assert train.main(arguments) == 0
     return run
 
@@ -31,16 +31,19 @@ def run(phantoms, tmp_path_factory):
 @pytest.fixture(scope="module")
 def detector(run):
     opened = train.Run(run)
-    found, _ = predict.make_detector(predict.parse_arguments(["--anomalies", "x"]), opened, *predict.load_run(opened))
+    found, _ = predict.make_detector(predict.parse_arguments([]), opened, *predict.load_run(opened))
     found.RESTORATIONS = 2
     return found
 
 
 @pytest.fixture(scope="module")
 def slices(phantoms):
-    """Every third test slice, (11, 64, 64, 1), and their labels."""
+    """Every third test slice, (11, 64, 64, 1), and their slice numbers, which are labels too."""
     split = dataset.load(phantoms, ("test",))["test"][::3]
     return dataset.to_float(split.images), split.slice_numbers
+
+
+LONG = "x" * 246  # with .png as long as most file systems allow, nearly
 
 
 @pytest.fixture
@@ -52,7 +55,7 @@ def mixed(phantoms, tmp_path):
     picture = Image.open(source / "case_441_slice_9.nii.png")
     picture.resize((100, 80)).convert("RGB").save(folder / "P7-Slice09.JPG", quality=95)
     Image.fromarray(np.asarray(picture).astype(np.uint16) * 257).save(folder / "$16 bit$.png")
-    for name in ("a.png", "a.jpg", "case_1_slice_77.png"):
+    for name in ("a.png", "a.jpg", "case_1_slice_77.png", f"{LONG}.png"):
         picture.save(folder / name)
     return folder
 
@@ -63,38 +66,62 @@ def mixed(phantoms, tmp_path):
 
 
 def test_files_of_the_command(run, mixed):
-    (run / "anomalies").mkdir(exist_ok=True)
-    (run / "anomalies" / "older.png").write_text("of an earlier call")
-    assert predict.main(["--run", str(run), "--anomalies", str(mixed), "--slice", "12"]) == 0
-    names = "case_441_slice_30.nii", "P7-Slice09", "case_1_slice_77", "$16 bit$", "a", "a_3"
-    pictures = {f"{name}.png" for name in names}
-    assert {path.name for path in (run / "anomalies").iterdir()} == pictures | {"anomalies.csv", "anomalies.npz"}
-    assert len({Image.open(run / "anomalies" / name).size for name in pictures}) == 1
+    results, arguments = run / "anomalies", ["--run", str(run), "--anomalies", str(mixed), "--slice", "12"]
+    results.mkdir(exist_ok=True)
+    for name in ("older.png", "anomalies.csv"):
+        (results / name).write_text("of an earlier call")
+    with killed_before("unlink", "older.png"):
+        predict.main(arguments)
+    assert files_in(results) == ["older.png"]  # the table came last, and went first
+    assert predict.main(arguments) == 0
+    names = "case_441_slice_30.nii", "P7-Slice09", "case_1_slice_77", "$16 bit$", "a", "a_3", LONG
+    pictures = [f"{name}.png" for name in names]
+    assert files_in(results) == sorted([*pictures, "anomalies.csv", "anomalies.npz"])
+    assert len({Image.open(results / name).size for name in pictures}) == 1
 
-    arrays = dict(np.load(run / "anomalies" / "anomalies.npz"))
-    maps = {name: (6, 64, 64) for name in ("images", "restored", "anomaly_map")}
-    shapes = {"names": (6,), "labels": (6,), "score": (6,), "surprise": (6, 16, 16), **maps}
+    arrays = dict(np.load(results / "anomalies.npz"))
+    maps = {name: (7, 64, 64) for name in ("images", "restored", "anomaly_map")}
+    shapes = {"names": (7,), "labels": (7,), "score": (7,), "surprise": (7, 16, 16), **maps}
     assert {name: values.shape for name, values in arrays.items()} == shapes
     assert arrays["labels"].dtype == np.int32 and arrays["anomaly_map"].dtype == np.float32
     assert all(np.isfinite(values).all() for name, values in arrays.items() if name != "names")
     labels = dict(zip(arrays["names"], arrays["labels"]))
-    likeliest = labels.pop("case_1_slice_77.png")  # no such number in this run
+    assert 0 <= labels.pop("case_1_slice_77.png") < 32  # the likeliest, for there is no such number in this run
     of_names = {"case_441_slice_30.nii.png": 30, "P7-Slice09.JPG": 9}
-    assert labels == {**of_names, **{name: 12 for name in ("$16 bit$.png", "a.png", "a.jpg")}}
-    assert 0 <= likeliest < 32
+    assert labels == {**dict.fromkeys(("$16 bit$.png", "a.png", "a.jpg", f"{LONG}.png"), 12), **of_names}
     deep, plain = (list(arrays["names"]).index(name) for name in ("$16 bit$.png", "a.png"))
     np.testing.assert_allclose(arrays["anomaly_map"][deep], arrays["anomaly_map"][plain], rtol=1e-4)
 
-    with open(run / "anomalies" / "anomalies.csv", newline="", encoding="utf-8") as file:
+    with open(results / "anomalies.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == ["name", "slice", "score", "percentile"]
     scores = [float(row["score"]) for row in rows]
     assert scores == sorted(scores, reverse=True) and len(set(scores)) > 1
     by_name = dict(zip(arrays["names"], zip(arrays["labels"], arrays["score"])))
-    assert len(rows) == len(by_name) == 6
+    assert len(rows) == len(by_name) == 7
     for row in rows:
         assert (int(row["slice"]), float(row["score"])) == pytest.approx(by_name[row["name"]], abs=1e-4)
         assert 0 <= float(row["percentile"]) <= 100
+
+
+def test_a_picture_is_that_of_its_slice_whatever_was_drawn_before(tmp_path):
+    """All are drawn in one figure; alone, with the same highest values, a slice looks the same."""
+    rng, names = np.random.default_rng(0), np.array(["a.png", "c.png", "e.png"])
+    found = {name: rng.random((3, 16, 16)) for name in ("images", "surprise", "restored", "anomaly_map")}
+    found |= {"score": np.array([1.0, 2.0, 3.0]), "percentile": np.array([5.0, 50.0, 100.0])}
+    for name in ("surprise", "anomaly_map"):
+        found[name][:, 0, 0] = 1.5
+
+    def pictures(chosen):
+        folder = tmp_path / f"{chosen}"
+        folder.mkdir()
+        predict.draw_anomalies(folder, names[chosen], {name: values[chosen] for name, values in found.items()}, "slice")
+        return [np.asarray(Image.open(folder / name)) for name in names[chosen]]
+
+    together = pictures([0, 1, 2])
+    for i in range(3):
+        np.testing.assert_array_equal(together[i], pictures([i])[0])
+    assert (together[0] != together[1]).any()  # control
 
 
 def test_no_two_pictures_have_one_name():
@@ -133,23 +160,21 @@ def test_a_slice_does_not_depend_on_the_others(detector, slices):
 
 def test_a_slice_without_a_number_gets_the_likeliest(detector, slices):
     images, labels = slices
-    told = np.where(np.arange(len(labels)) % 2, labels, -1).astype(np.int32)
-    found = detector.likeliest(images, told)
+    known = np.where(np.arange(len(labels)) % 2, labels, -1).astype(np.int32)
+    found = detector.likeliest(images, known)
     np.testing.assert_array_equal(found[1::2], labels[1::2])
     assert (found >= 0).all() and np.abs(found - labels)[::2].mean() < 5  # at random about 11
-    nats, true, wrong = (
-        detector.measure(images, of)["nats"].mean(axis=(1, 2)) for of in (found, labels, (found + 16) % 32)
-    )
+    nats, true, wrong = (detector.nats(images, of)[1].mean(axis=(1, 2)) for of in (found, labels, (found + 16) % 32))
     assert (nats <= true + 1e-5).all() and true.mean() < 0.99 * wrong.mean()
 
 
 def test_the_map_is_the_root_of_the_squared_logarithms_of_shares(detector, monkeypatch):
     values = np.random.default_rng(0).exponential(size=100_000)
-    monkeypatch.setattr(detector, "tails", {name: detector.tail(values) for name in ("one", "other")})
     points = np.array([0.5, 2.0, 4.0, 8.0])  # an exponential distribution has -ln p = value
-    np.testing.assert_allclose(detector.combine({"one": points, "other": 0 * points}), points, rtol=0.05, atol=0.02)
-    both = detector.combine({"one": points, "other": points[::-1]})
-    np.testing.assert_allclose(both, np.hypot(points, points[::-1]), rtol=0.05, atol=0.03)
+    for others, expected in (({}, points), ({"other": points[::-1]}, np.hypot(points, points[::-1]))):
+        terms = {"one": points, **others}
+        monkeypatch.setattr(detector, "tails", dict.fromkeys(terms, detector.tail(values)))
+        np.testing.assert_allclose(detector.combine(terms), expected, rtol=0.05, atol=0.03)
 
 
 def test_a_score_is_the_mean_of_the_highest_hundredth(detector, phantoms):
@@ -184,7 +209,12 @@ def test_wrong_folders_and_numbers_are_refused(run, mixed, refuse, tmp_path):
     refuse(predict, ["--run", run, "--anomalies", tmp_path / "none"], "--anomalies", "none", "no such folder")
     refuse(predict, ["--run", run, "--anomalies", tmp_path], str(tmp_path), "no slices in it", "another folder")
     refuse(predict, ["--run", run, "--anomalies", table.parent], "would replace the slices", "another folder")
-    refuse(predict, ["--run", run, "--anomalies", mixed, "--slice", 32], "--slice 32", "30, 31")
+    refuse(
+        predict,
+        ["--run", run, "--anomalies", mixed, "--slice", 32],
+        "--slice 32",
+        "this run has the slice numbers 0, 1, 2",
+    )
     cut(mixed / "a.png")
     refuse(predict, ["--run", run, "--anomalies", mixed], "1 unreadable", "a.png")
     assert table.read_text() == "of before"

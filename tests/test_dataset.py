@@ -4,11 +4,13 @@ import functools
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import warnings
 
 import dataset
+import modules
 
 import numpy as np
 import pytest
@@ -83,6 +85,37 @@ def test_the_comparison_with_a_viewer_tells_wrong_greys_apart(tmp_path):
         assert np.abs(decoded - wrong).max() > 10
 
 
+@pytest.mark.parametrize("size", [32, 128])
+def test_slices_are_resized_to_any_size(size, tmp_path):
+    path = tmp_path / "picture.png"
+    colourful(256, 256).convert("L").save(path)
+    grey = viewer_grey(path).reshape(size, 256 // size, size, 256 // size).mean(axis=(1, 3))
+    assert np.abs(dataset.read_slice(str(path), size).numpy() - grey).max() <= 0.5 + 1e-3
+
+
+def test_a_jpeg_that_a_viewer_turns_is_refused(data):
+    """By its EXIF orientation; 1 is upright."""
+    folder, exif = data / "keras_png_slices_train", Image.Exif()
+    for case, orientation in ((8, 1), (9, 6)):
+        exif[0x0112] = orientation
+        colourful(20, 20).save(folder / f"case_{case}_slice_0.jpg", exif=exif)
+    with pytest.raises(dataset.UserError, match=r"1 turned \(by EXIF\) .*case_9_slice_0.jpg$"):
+        dataset.load(data)
+
+
+def test_a_split_of_one_grey_is_refused_and_a_dark_one_is_noted(data):
+    """Black slices, or all of one grey each; 12 bits in 16 are a sixteenth as bright as they should be."""
+    folder = data / "keras_png_slices_test"
+    for path in folder.iterdir():
+        Image.fromarray(np.asarray(Image.open(path)).astype("uint16") * 16).save(path)
+    with pytest.warns(UserWarning, match=r"keras_png_slices_test: the brightest pixel is 1\d of 255 \(12 bits"):
+        dataset.load(data)
+    for grey, path in enumerate(folder.iterdir()):
+        Image.new("L", (8, 8), grey).save(path)
+    with pytest.raises(dataset.UserError, match="keras_png_slices_test: each of its 2 slices is of one grey"):
+        dataset.load(data)
+
+
 # --------------------------------------------------------------------------------------
 # Finding and ordering
 # --------------------------------------------------------------------------------------
@@ -150,6 +183,14 @@ def test_without_a_validate_folder_whole_subjects_are_held_out(tmp_path, subject
         for name, case, label, image in zip(split.names, split.cases, split.slice_numbers, split.images, strict=True):
             assert (case, label) == ((int(name[5:8]), int(name[15])) if name != "another.png" else (-1, -1))
             np.testing.assert_array_equal(image, dataset.read_slice(str(folder / name), 64))
+
+
+@pytest.mark.filterwarnings("ignore:some files")
+def test_a_tenth_of_the_subjects_and_a_tenth_of_the_nameless_slices_are_held_out(tmp_path):
+    folder = write_data(tmp_path, train=[1, 2, 3], test=[441]) / "keras_png_slices_train"
+    write_slices(folder, [f"{number}.png" for number in range(100)])
+    validate = dataset.load(tmp_path)["validate"]
+    assert sorted(validate.cases) == [-1] * 10 + [3, 3]
 
 
 @pytest.mark.parametrize("with_validate", [True, False])
@@ -259,6 +300,14 @@ def test_no_change_changes_nothing_and_growth_is_of_lengths():
     assert changed(disc(), 0, 0, 0, 0.5, 0).sum() / disc().sum() == pytest.approx(1.5**2, rel=0.01)
 
 
+def test_the_slice_below_is_that_of_the_next_lower_label_in_the_same_head():
+    """Labels are places among the numbers that train has: of 0, 2 and 4 the slice below 2 is 0."""
+    cases = np.array([-1, 3, 3, 3, 7, 7, 7, 8])
+    labels = modules.labels_of([-1, 0, 2, 4, 0, 3, 4, 4], [0, 2, 4])
+    assert labels.tolist() == [-1, 0, 1, 2, 0, -1, 2, 2]
+    assert dataset.slices_below(cases, labels).tolist() == [-1, -1, 1, 2, -1, -1, -1, -1]
+
+
 def numbered_batches(examples=12, seed=3, epochs=range(4)):
     """Batches of 4 index pairs of an example and one of its two variants: (batches, 4, 2)."""
     batches = np.stack(list(dataset.shuffled_batches(examples, 2, 4, seed, epochs).as_numpy_iterator()))
@@ -330,6 +379,16 @@ def small_phantoms(monkeypatch):
     monkeypatch.setattr(dataset, "phantom_slices", functools.partial(dataset.phantom_slices, slices=4, size=32))
 
 
+def test_phantoms_are_known_as_such_and_a_stopped_write_leaves_nothing(small_phantoms, data, tmp_path, monkeypatch):
+    folder = tmp_path / "here" / "phantoms"
+    dataset.write_phantom(folder, train=1, validate=1, test=1)
+    assert dataset.is_phantom(folder) and dataset.is_phantom(folder.parent) and not dataset.is_phantom(data)
+    monkeypatch.setattr(dataset, "phantom_slices", lambda rng: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        dataset.write_phantom(tmp_path / "other")
+    assert files_in(tmp_path) == ["here", "keras_png_slices_data"] and files_in(folder.parent) == ["phantoms"]
+
+
 def contents(folder):
     return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*.png"))}
 
@@ -362,15 +421,26 @@ def test_phantoms_load_as_the_real_data_does_and_are_heads(phantoms):
     assert 0 < neighbours.min() <= neighbours.max() < between_subjects and neighbours.mean() < far.mean()
 
 
-def test_importing_the_scripts_writes_and_prints_nothing_and_needs_no_stderr(tmp_path):
-    """And a notebook keeps its matplotlib backend."""
-    code = "import dataset, modules, predict, train, matplotlib, sys\nprint(matplotlib.get_backend(), sys.stderr)\n"
-    (tmp_path / "import_all.py").write_text(code)
-    empty = tmp_path / "empty"
+IMPORT = "import dataset, predict, train, matplotlib, keras, sys; print(matplotlib.get_backend(), sys.stderr)"
+SETTINGS = {  # and the backend of matplotlib that is found
+    "a backend of matplotlib that is there": ({"MPLBACKEND": "pgf"}, "pgf"),
+    "that of a notebook": ({"MPLBACKEND": "module://matplotlib_inline.backend_inline"}, r"\w+|module://.*"),
+    "another backend of Keras": ({"KERAS_BACKEND": "jax"}, r"\w+"),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_importing_the_scripts_writes_and_prints_nothing_and_needs_no_stderr(name, tmp_path):
+    """Whatever the user has set the libraries to; and a notebook keeps its matplotlib backend."""
+    empty, home = tmp_path / "empty", tmp_path / "home"
     empty.mkdir()
-    variables = {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", "MPLBACKEND": "pgf"}
+    home.mkdir()
+    (home / "keras.json").write_text('{"backend": "torch", "floatx": "float64", "image_data_format": "channels_first"}')
+    variables = {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", "KERAS_HOME": str(home), **SETTINGS[name][0]}
+    environment = {name: value for name, value in os.environ.items() if name not in ("KERAS_BACKEND", "MPLBACKEND")}
     finished = subprocess.run(
-        ["sh", "-c", 'exec "$@" 2>&-', "sh", sys.executable, tmp_path / "import_all.py"],
-        cwd=empty, env={**os.environ, **variables}, stdout=subprocess.PIPE, text=True, timeout=240,
+        ["sh", "-c", 'exec "$@" 2>&-', "sh", sys.executable, "-c", IMPORT],
+        cwd=empty, env={**environment, **variables}, stdout=subprocess.PIPE, text=True, timeout=240,
     )  # fmt: skip
-    assert finished.returncode == 0 and finished.stdout == "pgf None\n" and os.listdir(empty) == []
+    assert finished.returncode == 0 and os.listdir(empty) == []
+    assert re.fullmatch(f"({SETTINGS[name][1]}) None\n", finished.stdout)

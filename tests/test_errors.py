@@ -6,15 +6,18 @@ import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 
 import dataset
 import modules
 import predict
 import train
 
+import keras
 import numpy as np
 import pytest
-from conftest import TINY, assert_refused, cases, cut, eagerly, files_in, run_script, write_data, write_slices
+from conftest import ROOT, TINY, assert_refused, cases, cut, eagerly, files_in, run_script, write_data, write_slices
 from PIL import Image
 
 
@@ -231,6 +234,17 @@ def unlink(name):
     return lambda place: (place.run / name).unlink()
 
 
+def make_folder(name):
+    """In the place of a file, which then can be neither read nor removed."""
+    return lambda place: [(place.run / name).unlink(missing_ok=True), (place.run / name).mkdir()]
+
+
+def of_another_vqvae(place):
+    """Another VQ-VAE, with a checksum that says it belongs here."""
+    settings, _ = train.parse_arguments(list(map(str, place.arguments[train])))
+    finish_with(place, "vqvae", train.make_vqvae(settings, data_variance=2.0))
+
+
 def unfinish(name):
     return edit_config(lambda config: config["finished"].pop(name))
 
@@ -268,9 +282,17 @@ REFUSED = [
     (predict, "trained", "cut PixelCNN", lambda p: cut(p.run / "pixelcnn.keras"), "{run}/pixelcnn", *ANOTHER_MODEL),
     (predict, "trained", "later version", later_version, "{run}/pixelcnn.keras is of another version", "wings"),
     (predict, "trained", "config.json cut", lambda p: cut(p.run / "config.json"), "{run}/config.json is", "delete"),
+    (predict, "trained", "another VQ-VAE", of_another_vqvae, "{run}/pixelcnn", "another vqvae.keras", "another --run"),
+    (predict, "trained", "config.json a folder", make_folder("config.json"), "{run}/config.json", "directory", "mend"),
+    (predict, "trained", "a model is a folder", make_folder("vqvae.keras"), "{run}/vqvae.keras", "directory", "mend"),
     (predict, "trained", "one training slice", leave_one("train"), "keras_png_slices_train", "2", "add"),
     (predict, "trained", "one test slice", leave_one("test"), "keras_png_slices_test", "2", "add"),
 ]
+
+
+def contents(place):
+    """Of all files but the lock."""
+    return {path: path.read_bytes() for path in place.folder.rglob("[!.]*.*") if path.is_file()}
 
 
 @pytest.mark.parametrize("row", cases([(f"{row[1]}, {row[2]}", row) for row in REFUSED]))
@@ -280,9 +302,9 @@ def test_a_run_that_cannot_go_on_or_be_measured_is_refused(row, request, refuse,
     place = copy_of(request.getfixturevalue(kind), tmp_path / "place")
     edit_config(lambda config: config["data"].update(folder=str(place.data)))(place)
     spoil(place)
-    before = {path: path.read_bytes() for path in place.folder.rglob("[!.]*.*")}
+    before = contents(place)
     refuse(script, place.arguments[script], *(words.format(run=place.run) for words in expected))
-    assert {path: path.read_bytes() for path in place.folder.rglob("[!.]*.*")} == before
+    assert contents(place) == before
 
 
 @pytest.mark.parametrize("flags", ["--seed 1", "--filters 8 16", "--no-mirror"])
@@ -297,6 +319,34 @@ def test_a_run_that_is_a_file_or_in_one_is_refused(data, refuse, tmp_path):
     refuse(train, ["--data", data, "--run", run], f"{run} cannot be written", "File exists", "mend")
     refuse(train, ["--data", data, "--run", run / "inside"], f"{run / 'inside'} cannot be written", "mend")
     refuse(predict, ["--run", run], f"--run {run}", "train.py")
+
+
+HOLD_THE_RUN = """
+import pathlib, sys, time, train
+with train.Run(pathlib.Path(sys.argv[1])).one_writer():
+    print("here", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_run_has_one_writer_and_one_that_was_killed_leaves_no_lock(trained, refuse, tmp_path, monkeypatch):
+    place = copy_of(trained, tmp_path / "place")
+    edit_config(lambda config: config["data"].update(folder=str(place.data)))(place)
+    command = [sys.executable, "-c", HOLD_THE_RUN, place.run]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "here\n"
+        for script in (train, predict):
+            refuse(script, place.arguments[script], f"--run {place.run} is being written by another process", "wait")
+        other.kill()
+    assert train.main(list(map(str, place.arguments[train]))) == 0  # finished, and free again
+
+
+def test_a_home_is_found_and_other_libraries_are_refused(refuse, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    refuse(train, ["--data=~/none", "--run=~/run"], f"{tmp_path}/none: no such folder", "--data")
+    refuse(predict, ["--run=~/run"], f"--run {tmp_path}/run: no run here")
+    monkeypatch.setattr(keras.backend, "backend", lambda: "jax")
+    refuse(predict, ["--run=~/run"], "Keras already runs on jax", "restart Python")
 
 
 def test_what_a_run_cannot_draw_is_refused(trained, refuse, tmp_path):

@@ -1,6 +1,5 @@
-"""A finished run: its files, the numbers of the report, what the models learn, and what they are shown."""
+"""A finished run: its files, the numbers of its report, what the models learn, and other slices than 32 a head."""
 
-import hashlib
 import json
 import shutil
 import types
@@ -15,14 +14,14 @@ import numpy as np
 import pytest
 import scipy.linalg
 import tensorflow as tf
-from conftest import TINY, TRAINED, eagerly, files_in, read_history, run_script, write_data, write_slices
+from conftest import TINY, TRAINED, eagerly, files_in, killed_before, read_history, run_script, write_data, write_slices
 from skimage.metrics import structural_similarity
 
-# Wider layers and more steps than a tiny run has, so that something is learned.
-LONGER = [
-    *("--filters", "16", "32", "--vqvae-epochs", "24", "--vqvae-batch-size", "8", "--vqvae-learning-rate", "0.003"),
-    *("--pixelcnn-epochs", "16", "--pixelcnn-batch-size", "8"),
-]
+# Wider layers and more steps than a tiny run has, so that something is learned; and hardly a step.
+LONGER = "--filters 16 32 --vqvae-epochs 24 --vqvae-batch-size 8 --vqvae-learning-rate 0.003 --pixelcnn-epochs 16"
+LONGER = [*TINY, *LONGER.split(), "--pixelcnn-batch-size", "8"]
+SHORT = "--vqvae-epochs 1 --pixelcnn-epochs 1 --pixelcnn-blocks 1 --augmentations 1 --image-size 16"
+SHORT = [*TINY, *SHORT.split()]
 PLAIN = ["report.json", "samples.npz", "samples.png", "reconstructions.png"]  # of predict.py without a flag
 
 
@@ -35,15 +34,14 @@ def read_report(run):
 def learned(phantoms, tmp_path_factory):
     """A run, and what its report is made of, from the saved models and samples. Not to be changed: copy the run."""
     found = types.SimpleNamespace(run=tmp_path_factory.mktemp("runs") / "a run")
-    assert train.main(["--data", str(phantoms), "--run", str(found.run), *TINY, *LONGER]) == 0
+    assert train.main(["--data", str(phantoms), "--run", str(found.run), *LONGER]) == 0
     predicted = run_script("predict.py", "--run", found.run, "--complete", "--heads", "2")
     assert predicted.returncode == 0, predicted.stderr
     found.report, found.samples = read_report(found.run), dict(np.load(found.run / "samples.npz"))
-    found.opened = train.Run(found.run)
-    found.vqvae, found.pixelcnn = predict.load_run(found.opened)
+    found.vqvae, found.pixelcnn = predict.load_run(train.Run(found.run))
     found.splits = splits = dataset.load(phantoms)
     found.train, found.test = (dataset.to_float(splits[name].images) for name in ("train", "test"))
-    found.labels, found.codes = splits["test"].slice_numbers, found.vqvae.encode(found.test).numpy()
+    found.numbers, found.codes = splits["test"].slice_numbers, found.vqvae.encode(found.test).numpy()
     found.reconstructed = found.vqvae.decode(found.codes).numpy()
     return found
 
@@ -53,21 +51,14 @@ def copied_run(learned, tmp_path):
     return shutil.copytree(learned.run, tmp_path / "run")
 
 
-# --------------------------------------------------------------------------------------
-# Its files
-# --------------------------------------------------------------------------------------
-
-
 def test_run_holds_every_file_and_nothing_else(learned):
     assert files_in(learned.run) == sorted([*TRAINED, *PLAIN, "completions.png", "heads.png", "heads.npz"])
     config = json.loads((learned.run / "config.json").read_text())
     assert config["settings"]["filters"] == [16, 32]
     assert [config["data"][split]["images"] for split in dataset.SPLITS] == [96, 32, 32]
-    for name in ("vqvae", "pixelcnn"):
-        assert (
-            config["finished"][name]["sha256"]
-            == hashlib.sha256((learned.run / f"{name}.keras").read_bytes()).hexdigest()
-        )
+    checksums = {name: train.checksum(learned.run / f"{name}.keras") for name in ("vqvae", "pixelcnn")}
+    assert {name: finished["sha256"] for name, finished in config["finished"].items()} == checksums
+    assert config["finished"]["pixelcnn"]["vqvae"] == checksums["vqvae"]
 
 
 @pytest.mark.parametrize("name, epochs", [("vqvae", 24), ("pixelcnn", 16)])
@@ -79,11 +70,10 @@ def test_kept_model_is_the_best_epoch_by_validation(name, epochs, learned):
     if name == "vqvae":
         vqvae = keras.saving.load_model(learned.run / "vqvae.keras")
         vqvae.compile(run_eagerly=True)
-        measured = vqvae.evaluate(images, verbose=0, return_dict=True)
-        loss = measured["loss"] - measured["quantizer_loss"]
+        loss = train.selection_loss(vqvae.evaluate(images, verbose=0, return_dict=True), "")
     else:
         loss = learned.pixelcnn.nll(learned.vqvae.encode(images), labels=validate.slice_numbers).numpy().mean()
-    losses = [row["val_loss"] - row.get("val_quantizer_loss", 0) for row in rows]
+    losses = [row["val_loss"] - row.get("val_quantizer_loss", 0) for row in rows]  # no matter how long the latents are
     assert loss == pytest.approx(min(losses), rel=1e-4) and min(losses) < 0.99 * losses[0]
 
 
@@ -91,14 +81,17 @@ def test_train_leaves_a_finished_run_alone(copied_run, phantoms, capsys):
     """A picture says nothing about what is finished."""
     for name in ("vqvae_loss.png", "report.json"):
         (copied_run / name).unlink()
-    before = {path.name: path.stat().st_mtime_ns for path in copied_run.iterdir()}
-    assert train.main(["--data", str(phantoms), "--run", str(copied_run), *TINY, *LONGER]) == 0
-    assert capsys.readouterr().out.count("finished before") == 2
-    assert {path.name: path.stat().st_mtime_ns for path in copied_run.iterdir()} == before
+
+    def times():
+        return {name: (copied_run / name).stat().st_mtime_ns for name in files_in(copied_run)}
+
+    before = times()
+    assert train.main(["--data", str(phantoms), "--run", str(copied_run), *LONGER]) == 0
+    assert capsys.readouterr().out.count("finished before") == 2 and times() == before
 
 
 # --------------------------------------------------------------------------------------
-# Its report
+# Its report, computed otherwise
 # --------------------------------------------------------------------------------------
 
 
@@ -130,11 +123,11 @@ def test_report_of_the_codes_and_their_prior(learned):
         probabilities = tf.nn.softmax(learned.pixelcnn({"codes": codes, "labels": labels})).numpy()
         return -np.log(np.take_along_axis(probabilities, codes[..., None], axis=-1)).mean(dtype=np.float64)
 
-    told = nats(learned.labels)
-    assert prior["nats_per_code"] == pytest.approx(told, rel=1e-5)
-    assert prior["bits_per_image"] == pytest.approx(256 * told / np.log(2), rel=1e-4)
+    of_numbers = nats(learned.numbers)
+    assert prior["nats_per_code"] == pytest.approx(of_numbers, rel=1e-5)
+    assert prior["bits_per_image"] == pytest.approx(256 * of_numbers / np.log(2), rel=1e-4)
     assert prior["histogram_bits_per_image"] == pytest.approx(256 * entropy, rel=1e-4)
-    assert nats(np.full(32, -1, np.int32)) != pytest.approx(told, rel=1e-3)  # control
+    assert nats(np.full(32, -1, np.int32)) != pytest.approx(of_numbers, rel=1e-3)  # control
 
 
 def test_report_of_the_samples(learned):
@@ -142,21 +135,21 @@ def test_report_of_the_samples(learned):
     report, samples, images = learned.report["samples"], learned.samples, learned.samples["images"][..., None]
     assert images.dtype == np.float32 and samples["codes"].dtype == samples["labels"].dtype == np.int32
     np.testing.assert_array_equal(samples["labels"], np.arange(32))
-    np.testing.assert_array_equal(samples["codes"], learned.pixelcnn.sample(32, seed=0, labels=learned.labels))
+    np.testing.assert_array_equal(samples["codes"], learned.pixelcnn.sample(32, seed=0, labels=learned.numbers))
     np.testing.assert_allclose(images, learned.vqvae.decode(samples["codes"]), atol=1e-6)
     axes = np.linalg.svd(flat(learned.train) - flat(learned.train).mean(axis=0), full_matrices=False)[2][:64].T
     seen = np.concatenate([learned.train, learned.train[:, ::-1]])  # mirrored slices are training slices
     found, similarity = nearest(images, seen).T
-    variances = [(flat(x) @ axes[:, 2:12]).var(axis=0).mean() for x in (images, learned.train)]
+    levels = np.tile(learned.splits["train"].slice_numbers, 2)[found.astype(int)]
+    variances = [(flat(x) @ axes[:, 2:12]).var(axis=0).mean() for x in (images, learned.test, learned.train)]
     expected = {
         "sharpness_ratio": gradient(images) / gradient(learned.test),
         "nearest_train_ssim_mean": similarity.mean(),
         "nearest_train_ssim_max": similarity.max(),
         "test_nearest_train_ssim_mean": nearest(learned.test, seen)[:, 1].mean(),
-        "level_error": np.abs(
-            np.tile(learned.splits["train"].slice_numbers, 2)[found.astype(int)] - np.arange(32)
-        ).mean(),
-        "component_variance_ratio": variances[0] / variances[1],
+        "level_error": np.abs(levels - np.arange(32)).mean(),
+        "component_variance_ratio": variances[0] / variances[2],
+        "test_component_variance_ratio": variances[1] / variances[2],
     }
     assert report == report | approx(expected)
     distance = frechet(images, learned.test, axes)
@@ -193,11 +186,6 @@ def nearest(images, seen):
     return np.array([best(image) for image in images])
 
 
-# --------------------------------------------------------------------------------------
-# What is learned, and whole heads
-# --------------------------------------------------------------------------------------
-
-
 def test_the_models_learn(learned):
     """Of three heads, what holds for another one: reconstructions are nearer than the mean slice of that number."""
     of_number = learned.train.reshape(3, 32, 64, 64).mean(axis=0)
@@ -215,9 +203,9 @@ def test_whole_heads_are_drawn_slice_by_slice(learned):
     report = learned.report["heads"]
     assert report["count"] == 2
     assert report["neighbour_change"] == pytest.approx(np.abs(np.diff(heads["images"], axis=1)).mean(), rel=1e-4)
-    # A head does not depend on how many there are, and its slices are given the one below. Three are enough to see it.
-    few = {name: getattr(pixelcnn, name) for name in ("grid", "num_scores", "draw_scores", "sample")}
-    few = types.SimpleNamespace(num_labels=3, **few)
+    # A head does not depend on how many there are, and each slice depends on the one below. Three are enough to see it.
+    names = "grid", "num_scores", "draw_scores", "sample"
+    few = types.SimpleNamespace(num_labels=3, **{name: getattr(pixelcnn, name) for name in names})
     np.testing.assert_array_equal(predict.draw_heads(few, 1, 0, 1.0)[0], codes[0, :3])
     assert (predict.draw_heads(few, 1, 1, 1.0)[0, 0] != codes[0, 0]).any()
     labels = np.arange(1, 32, dtype=np.int32)
@@ -228,12 +216,20 @@ def test_whole_heads_are_drawn_slice_by_slice(learned):
     assert nats(codes[0, :-1]) < nats(codes[0, :-1][::-1])
 
 
-# --------------------------------------------------------------------------------------
-# Measures
-# --------------------------------------------------------------------------------------
+def test_the_maps_take_the_scores_of_the_training(learned, tmp_path):
+    """Of another folder's slices they know what is normal; the scores stay those that the prior was fitted on."""
+    other_data = write_data(tmp_path, train=[1, 2], validate=[402], test=[441])
+    options = predict.parse_arguments(["--anomalies", "x", "--data", str(other_data)])
+    detector, _ = predict.make_detector(options, train.Run(learned.run), learned.vqvae, learned.pixelcnn)
+    mean, axes = modules.principal_components(learned.train, 4)
+    axes /= modules.project(learned.train, (mean, axes)).std(axis=0)
+    scores, labels = modules.project(learned.test, (mean, axes)).astype(np.float32), learned.numbers
+    nats = detector.measure(learned.test, labels)["nats"]
+    np.testing.assert_allclose(nats, learned.pixelcnn.nll(learned.codes, labels=labels, scores=scores), rtol=1e-3)
+    assert not np.allclose(nats, learned.pixelcnn.nll(learned.codes, labels=labels), rtol=1e-2)  # control
 
 
-def test_other_data_are_noted_and_measured(copied_run, tmp_path, capsys):
+def test_other_data_are_noted_and_measured(learned, copied_run, tmp_path, capsys):
     """Noise instead of phantoms; and nothing of the earlier call stays beside the new report."""
     other_data = write_data(tmp_path / "other", train=[1, 2, 3], validate=[402], test=[441, 442, 443])
     arguments = ["--run", str(copied_run), "--data", str(other_data), "--slice", "1", "0", "--num-samples", "5"]
@@ -242,7 +238,7 @@ def test_other_data_are_noted_and_measured(copied_run, tmp_path, capsys):
     assert files_in(copied_run) == sorted(TRAINED + PLAIN)
     report = read_report(copied_run)
     found = dataset.fingerprint(dataset.load(other_data))
-    assert report["data"]["as_trained"] is False
+    assert report["data"]["as_trained"] is report["data"]["phantom"] is False and learned.report["data"]["phantom"]
     assert report["data"]["sha256"] == {name: split["sha256"] for name, split in found.items()}
     assert (report["data"]["test_images"], report["data"]["test_subjects"]) == (6, 3)
     for part, name in (("reconstruction", "ssim_mean"), ("prior", "nats_per_code")):
@@ -258,14 +254,31 @@ def test_other_data_are_noted_and_measured(copied_run, tmp_path, capsys):
 
 @pytest.mark.parametrize("mirror, axis, is_known", [(True, 1, True), (True, 2, False), (False, 1, False)], ids=str)
 def test_a_mirrored_training_slice_is_no_novelty(mirror, axis, is_known, learned):
-    """Where the model was shown mirrored slices; those flipped the other way it never saw."""
-    images, labels = learned.train[::8, ::2, ::2, 0], learned.splits["train"].slice_numbers[::8]
-    flipped = predict.Measured(np.flip(images, axis), labels, None)
-    known = predict.Measured(images, labels, None)
+    """Where the models were fitted on mirrored slices; not those flipped the other way."""
+    images, numbers = learned.train[::8, ::2, ::2, 0], learned.splits["train"].slice_numbers[::8]
+    flipped, known = (predict.Measured(x, numbers, None) for x in (np.flip(images, axis), images))
     components = modules.principal_components(images, 11)
     report, _, _ = predict.measure_samples(flipped, known, images, known, components, mirror, seed=0)
     assert report["test_nearest_train_ssim_mean"] == pytest.approx(1) and report["test_level_error"] == 0
     assert (report["nearest_train_ssim_mean"] == pytest.approx(1)) == is_known
+
+
+def test_variances_are_compared_within_the_levels_that_are_asked_for(learned):
+    """As with --slice 5 20: that of the training slices of these is 1, though the slices of all levels differ more."""
+    slices, test = (
+        predict.Measured(getattr(learned, name)[..., 0], learned.splits[name].slice_numbers, None)
+        for name in ("train", "test")
+    )
+    components, chosen = modules.principal_components(slices.images, 64), np.isin(slices.slice_numbers, [5, 20])
+
+    def variance(images):
+        return modules.project(images, components)[:, 2:12].var(axis=0).mean()
+
+    asked, numbers = slices.images[chosen], slices.slice_numbers[chosen]
+    ratios = predict.variance_ratios(asked, numbers, test, slices, components, seed=0)
+    of_test = variance(test.images[[5, 20]]) / variance(asked)
+    assert ratios == approx({"component_variance_ratio": 1, "test_component_variance_ratio": of_test})
+    assert variance(asked) != pytest.approx(variance(slices.images), rel=0.2)  # control
 
 
 @eagerly()
@@ -273,11 +286,11 @@ def test_data_without_slice_numbers_train_and_predict(tmp_path, refuse):
     """What two training slices do not have is null: a third principal component."""
     for split, letters in (("train", "ab"), ("validate", "a"), ("test", "abcd")):
         write_slices(tmp_path / f"keras_png_slices_{split}", [f"{split} {letter}.png" for letter in letters])
-    run, short = tmp_path / "run", ["--vqvae-epochs", "1", "--pixelcnn-epochs", "1", "--augmentations", "1"]
+    run = tmp_path / "run"
     with pytest.warns(UserWarning, match="subjects cannot be told apart"):
-        assert train.main(["--data", str(tmp_path), "--run", str(run), *TINY, *short]) == 0
+        assert train.main(["--data", str(tmp_path), "--run", str(run), *SHORT]) == 0
         assert predict.main(["--run", str(run), "--complete"]) == 0
-        test = dataset.load(tmp_path)["test"]
+        test = dataset.load(tmp_path, ("test",), 16)["test"]
     report, samples = read_report(run), np.load(run / "samples.npz")
     assert samples["labels"].tolist() == [-1] * 4 and samples["labels"].dtype == np.int32
     vqvae, pixelcnn = predict.load_run(train.Run(run))
@@ -288,7 +301,7 @@ def test_data_without_slice_numbers_train_and_predict(tmp_path, refuse):
     for name in ("level_error", "test_level_error", "component_variance_ratio"):
         assert report["samples"][name] is None
     assert report["data"]["test_subjects"] is report["prior"]["nats_per_code_interval"] is None
-    refuse(predict, ["--run", run, "--heads", 2], "--heads", "nothing of the slice below")
+    refuse(predict, ["--run", run, "--heads", 2], "--heads", "knows nothing of the slice below")
 
 
 def test_an_interval_is_of_whole_subjects():
@@ -332,57 +345,57 @@ def test_pictured_samples_are_the_first_of_evenly_spaced_levels_in_order():
 
 
 # --------------------------------------------------------------------------------------
-# What the prior is shown
+# Other heads, and other places
 # --------------------------------------------------------------------------------------
 
 
-def test_the_prior_is_told_the_scores_that_it_knows_from_training(learned):
-    """By the maps of --anomalies."""
-    vqvae, pixelcnn, images = learned.vqvae, learned.pixelcnn, learned.test
-    detector, _ = predict.make_detector(predict.parse_arguments(["--anomalies", "x"]), learned.opened, vqvae, pixelcnn)
-    settings = train.Settings(augmentations=0, mirror=False)
-    scores = train.encode_variants(vqvae, learned.splits["train"], pixelcnn.head_scores, settings)[1][:, 0]
-    np.testing.assert_allclose(pixelcnn.head_scores.of(learned.train), scores, rtol=1e-4, atol=1e-4)
-    nats, told = detector.measure(images, learned.labels)["nats"], {"scores": pixelcnn.head_scores.of(images)}
-    np.testing.assert_allclose(nats, pixelcnn.nll(learned.codes, labels=learned.labels, **told), rtol=1e-5)
-    assert not np.allclose(nats, pixelcnn.nll(learned.codes, labels=learned.labels))  # control
+@eagerly()
+def test_slice_numbers_and_sizes_are_those_of_the_files(tmp_path):
+    """Heads of 100 to 103 and a stray 9999, which is one level more; 32 pixels a side; and the data are moved."""
+    numbers, run, moved = [100, 101, 102, 103, 9999], tmp_path / "run", tmp_path / "moved"
+    data = write_data(tmp_path / "data", numbers[:4], train=[1, 2, 3], validate=[402], test=[441, 442])
+    write_slices(data / "keras_png_slices_train", ["case_003_slice_9999.png"])
+    arguments = ["--run", str(run), *SHORT, "--image-size", "32"]
+    assert train.main(["--data", str(data), *arguments]) == 0
+    data.rename(moved)
+    assert train.main(["--data", str(moved), *arguments]) == 0
+    assert predict.main(["--run", str(run), "--heads", "2"]) == 0
+    report, samples, heads = read_report(run), np.load(run / "samples.npz"), np.load(run / "heads.npz")
+    assert (report["data"]["folder"], report["data"]["as_trained"]) == (str(moved), True)
+    assert samples["labels"].tolist() == numbers[:4] * 2 and samples["images"].shape == (8, 32, 32)
+    assert heads["images"].shape == (2, 5, 32, 32)
+    pixelcnn = predict.load_run(train.Run(run))[1]
+    assert pixelcnn.slice_numbers == numbers and pixelcnn.num_labels == 5
+
+    assert predict.main(["--run", str(run), "--anomalies", str(moved / "keras_png_slices_test")]) == 0
+    found = np.load(run / "anomalies" / "anomalies.npz")
+    assert found["labels"].tolist() == numbers[:4] * 2 and found["anomaly_map"].shape == (8, 32, 32)
+    rows = (run / "anomalies" / "anomalies.csv").read_text().splitlines()[1:]
+    assert all(f"slice_{number}." in name for name, number, *_ in (row.split(",") for row in rows))
+
+    # What says that all is there is the last to come.
+    for last in (run / "report.json", run / "anomalies" / "anomalies.csv"):
+        assert last.stat().st_mtime_ns == max(path.stat().st_mtime_ns for path in last.parent.glob("*.*"))
 
 
-def test_what_the_prior_is_told_belongs_to_what_it_is_shown(learned, tmp_path, monkeypatch):
-    """A quarter of it is unchanged; changes, scores and the slice below are those of the picture that is shown."""
-    settings = train.Settings(augmentations=12, pixelcnn_filters=8, pixelcnn_blocks=1)
-    slices, told = learned.splits["train"][:64], {}
-    run = train.Run(tmp_path)
-    run.config = {"finished": {"vqvae": {"sha256": ""}}}
-    monkeypatch.setattr(train, "fit", lambda stage, make_model, counts, prepare, validation: told.update(locals()))
-    train.fit_pixelcnn(run, settings, learned.vqvae, slices, slices[:8])
-    assert tuple(told["counts"]) == (64, 16)
+@eagerly()
+def test_a_demo_can_be_moved(tmp_path, monkeypatch, refuse):
+    """It finds its slices inside itself: 0, 2 and 4 of each head."""
 
-    def shown(example):
-        """All variants of one slice, as arrays."""
-        index = tf.stack([tf.fill((16,), example), tf.range(16)], axis=1)
-        return {name: values.numpy() for name, values in told["prepare"](index).items()}
+    def write_few(folder):
+        (write_data(folder, [0, 2, 4], train=[1, 2], validate=[402], test=[441]) / dataset.PHANTOM).touch()
 
-    lower, batch = shown(40), shown(41)
-    unchanged = (batch["changes"] == 0).all(axis=1)
-    assert unchanged.sum() == 4 and (batch["changes"][~unchanged, -1] == 1).all()
-    assert (batch["labels"] == 9).all() and (shown(32)["below"] == -1).all()
-    np.testing.assert_array_equal(batch["below"], lower["codes"])
-    np.testing.assert_array_equal(batch["changes"], lower["changes"])  # of the whole head
-
-    images = dataset.to_float(slices.images)
-    head_scores = modules.HeadScores(32, 16, 64 * 64)
-    head_scores.fit(images, slices.slice_numbers, dataset.heads_of(slices))
-
-    def matches(variant, changes):
-        """Whether codes and scores are those of the slice, or of its mirror image, changed like this."""
-        for image in (slices.images[41], slices.images[41, ::-1]):
-            picture = dataset.to_float(dataset.change(image, changes[:-1]) if changes.any() else image)[None]
-            scores = head_scores.of(picture)[0]
-            agreeing = (learned.vqvae.encode(picture)[0].numpy() == batch["codes"][variant]).mean()
-            if agreeing > 0.98 and np.abs(scores - batch["scores"][variant]).max() < 0.02:
-                return True
-        return False
-
-    assert all(matches(variant, batch["changes"][variant]) for variant in range(16))
-    assert not any(matches(variant, shown(3)["changes"][variant]) for variant in np.flatnonzero(~unchanged))
+    monkeypatch.setattr(dataset, "write_phantom", write_few)
+    run, moved = tmp_path / "run", tmp_path / "moved"
+    assert train.main(["--demo", "--run", str(run), *SHORT]) == 0
+    run.rename(moved)
+    assert predict.main(["--run", str(moved), "--slice", "4", "0", "--heads", "1"]) == 0
+    assert np.load(moved / "samples.npz")["labels"].tolist() == [4, 0, 4]
+    assert np.load(moved / "heads.npz")["images"].shape == (1, 3, 16, 16)
+    data = read_report(moved)["data"]
+    assert data["folder"] == str(moved / "phantom_slices") and data["phantom"] and data["as_trained"]
+    refuse(predict, ["--run", moved, "--slice", 1], "--slice 1", "the slice numbers 0, 2, 4")
+    # The report, which came last, goes first.
+    with killed_before("unlink", "reconstructions.png"):
+        predict.main(["--run", str(moved)])
+    assert "reconstructions.png" in files_in(moved) and "report.json" not in files_in(moved)
