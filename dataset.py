@@ -76,9 +76,7 @@ def to_float(images):
     return np.asarray(images, np.float32)[..., None] / np.float32(255)
 
 
-# --------------------------------------------------------------------------------------
-# Reading
-# --------------------------------------------------------------------------------------
+# ---- Reading -------------------------------------------------------------------------
 
 
 def find_data(folder):
@@ -154,7 +152,9 @@ def read_images(paths, name, image_size):
     try:
         return np.concatenate([batch.numpy() for batch in progress(decoded, "batch")])
     except tf.errors.OpError:
-        refuse([path for path in paths if is_broken(path)], "unreadable", "restore or delete")
+        if broken := [path for path in paths if is_broken(path)]:
+            refuse(broken, "unreadable", "restore or delete")
+        raise
 
 
 def load_split(folder, name, image_size=64):
@@ -234,7 +234,13 @@ def fingerprint(loaded):
 def write_data(folder, splits, head, marker=None):
     """Write a new folder of slices, which appears complete or not at all.
 
-    Args: the folder; {split: cases}; case -> uint8 (L, H, W); the name of an empty file that goes into it.
+    Args:
+        folder: `pathlib.Path`, which does not exist yet.
+        splits: {split: numbers of its cases}.
+        head: function, number of a case -> uint8 (L, H, W).
+        marker: name of an empty file that goes into the folder.
+
+    Raises: `UserError` where it cannot be written.
     """
     heads = [(split, case) for split, cases in splits.items() for case in cases]
     with write_errors(folder):
@@ -251,9 +257,7 @@ def write_data(folder, splits, head, marker=None):
             whole.rename(folder)
 
 
-# --------------------------------------------------------------------------------------
-# The same folder, out of OASIS-1 as anybody can download it
-# --------------------------------------------------------------------------------------
+# ---- The same folder, out of OASIS-1 as anybody can download it ----------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -371,15 +375,13 @@ def import_oasis(folder, target):
     print(f"{target}: 32 slices of every head; heads: {counts}")
 
 
-# --------------------------------------------------------------------------------------
-# Heads, augmentation and batches
-# --------------------------------------------------------------------------------------
+# ---- Heads, augmentation and batches -------------------------------------------------
 
 
 def heads_of(slices):
     """Which slices are of the same head, from 0: int (N,). Where names do not tell, every slice is one of its own."""
     unknown = slices.cases < 0
-    cases = np.where(unknown, -1 - np.arange(len(unknown)), slices.cases)
+    cases = np.where(unknown, np.arange(len(unknown)) - len(unknown), slices.cases)
     return np.unique(cases, return_inverse=True)[1]
 
 
@@ -396,7 +398,7 @@ def with_mirrored(images, mirror):
 
     The heads lie on their side: up and down of a slice are left and right of the head.
     """
-    return [images] + [images[:, ::-1]] * mirror
+    return [images, images[:, ::-1]] if mirror else [images]
 
 
 # What `augment` changes at most: shares of the side down and across, degrees, growth, and ln gamma.
@@ -435,8 +437,8 @@ def augment(images, heads, seed):
 def shuffled_batches(examples, variants, batch_size, seed, epochs):
     """Batches of index pairs (example, variant), int32 (batch_size, 2), that depend on `seed` and the epoch alone.
 
-    An epoch visits every example once, in a new order, as one of its variants at random. The last
-    examples % batch_size of an epoch's order wait for the next.
+    An epoch visits the examples in a new order, each at most once, as one of its variants at random. What does not
+    fill a last batch is left out of that epoch.
     """
 
     def one_epoch(epoch):
@@ -448,9 +450,7 @@ def shuffled_batches(examples, variants, batch_size, seed, epochs):
     return tf.data.Dataset.range(epochs.start, epochs.stop).flat_map(one_epoch)
 
 
-# --------------------------------------------------------------------------------------
-# The demo phantom
-# --------------------------------------------------------------------------------------
+# ---- The demo phantom ----------------------------------------------------------------
 
 
 def phantom_slices(rng, slices=32, size=256):
@@ -506,9 +506,7 @@ def write_phantom(folder, train=24, validate=4, test=4, seed=0):
     write_data(pathlib.Path(folder), cases, lambda case: phantom_slices(np.random.default_rng((seed, case))), PHANTOM)
 
 
-# --------------------------------------------------------------------------------------
-# Errors, whole files and progress bars, for all scripts
-# --------------------------------------------------------------------------------------
+# ---- Errors, whole files and progress bars, for all scripts --------------------------
 
 
 class UserError(Exception):
@@ -531,7 +529,8 @@ def run_script(script, work, *arguments):
         print(f"{script}: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"{script}: {error.filename}: {error.strerror or error}; mend that, then try again", file=sys.stderr)
+        place = f"{error.filename}: " if error.filename else ""
+        print(f"{script}: {place}{error.strerror or error}; mend that, then try again", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{script}: stopped; give the same command again", file=sys.stderr)
@@ -551,12 +550,12 @@ def write_errors(path):
 
 def write_whole(path, write):
     """Call write(temporary path), then rename: a file under its final name is always complete."""
-    temporary = path.with_name(f"partial{path.suffix}")
+    temporary = path.with_name(f".partial{path.suffix}")  # hidden, as no slice is
     with write_errors(path):
         try:
             write(temporary)
             os.replace(temporary, path)
-        except OSError:
+        except Exception:
             temporary.unlink(missing_ok=True)  # half a file would keep the disk full
             raise
 
@@ -605,6 +604,18 @@ def folder(text):
     return pathlib.Path(text).expanduser()
 
 
+def number(kind, low, high):
+    """A number on the command line, int or float, from low to high."""
+
+    def parse(text):
+        if not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError(f"must be from {low} to {high}, not {text}")
+        return kind(text)
+
+    parse.__name__ = kind.__name__  # in the message of argparse, where it is no number
+    return parse
+
+
 def main(arguments=None):
     parser = argparse.ArgumentParser(description="Print what a folder of slices holds, or make one out of OASIS-1.")
     data = {"nargs": "?", "type": folder, "default": "keras_png_slices_data"}
@@ -612,9 +623,10 @@ def main(arguments=None):
     source = "make it, out of the OASIS-1 in this folder"
     parser.add_argument("--from", dest="source", metavar="FOLDER", type=folder, help=source)
     options = parser.parse_args(arguments)
-    if options.source is None:
-        return run_script("dataset.py", load, options.folder)
-    return run_script("dataset.py", import_oasis, options.source, options.folder)
+    with tf.device("CPU"):  # the memory of a GPU is left to a training
+        if options.source is None:
+            return run_script("dataset.py", load, options.folder)
+        return run_script("dataset.py", import_oasis, options.source, options.folder)
 
 
 if __name__ == "__main__":

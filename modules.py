@@ -13,6 +13,7 @@ References, cited below as [n]:
 Shapes: B images of H x W pixels, a latent grid of h x w positions, D numbers a latent vector,
 K codes. An image is float32 in [0, 1], (B, H, W, 1); its codes are int32 in [0, K), (B, h, w).
 
+    import keras, modules
     vqvae = keras.saving.load_model("runs/oasis/vqvae.keras")
     pixelcnn = keras.saving.load_model("runs/oasis/pixelcnn.keras")
     images = vqvae.decode(pixelcnn.sample(16, seed=0))
@@ -83,7 +84,7 @@ class SavesItsArguments:
 
 
 def in_batches(function, inputs, verbose=0, size=256):
-    """Apply a function to a batch at a time, so that the memory it takes does not grow with N.
+    """Apply a function to a batch at a time: of memory only the results grow with N.
 
     Args:
         function: a batch of the inputs -> a tensor, or a dictionary of tensors, with the batch first.
@@ -101,9 +102,7 @@ def in_batches(function, inputs, verbose=0, size=256):
     return tf.nest.map_structure(lambda *parts: tf.concat(parts, axis=0), *results)
 
 
-# --------------------------------------------------------------------------------------
-# VQ-VAE
-# --------------------------------------------------------------------------------------
+# ---- VQ-VAE --------------------------------------------------------------------------
 
 
 def histogram(codes, num_embeddings):
@@ -217,7 +216,7 @@ class VectorQuantizer(layers.Layer):
         return tf.gather(tf.convert_to_tensor(self.codebook), codes)
 
     def move_codebook(self, latents, codes):
-        """One step of the moving averages [1, equations 6 to 8], then new life for dead codes."""
+        """One step of the moving averages [1, equations 6 to 8]; dead codes restart at random latents of the batch."""
         latents, codes = tf.reshape(latents, (-1, self.embedding_dim)), tf.reshape(codes, (-1,))
 
         def average(old, new):
@@ -383,9 +382,7 @@ class VQVAE(SavesItsArguments, keras.Model):
         return tf.clip_by_value(self.decoder(self.quantizer.lookup(codes)), 0.0, 1.0)
 
 
-# --------------------------------------------------------------------------------------
-# The layers of the PixelCNN
-# --------------------------------------------------------------------------------------
+# ---- The layers of the PixelCNN ------------------------------------------------------
 
 
 @register
@@ -577,9 +574,7 @@ class RowContext(layers.Layer):
         return x + tf.matmul(tf.nn.relu(summary), self.readout[row, column]) + self.bias, added
 
 
-# --------------------------------------------------------------------------------------
-# What the PixelCNN is conditioned on
-# --------------------------------------------------------------------------------------
+# ---- What the PixelCNN is conditioned on ---------------------------------------------
 
 # Standard deviation that the rounding to uint8 alone gives a component of pixels in [0, 1]: 1/255 is the step.
 ROUNDING = 1 / 255 / np.sqrt(12)
@@ -696,9 +691,9 @@ class HeadScores(layers.Layer):
 class Conditioning(layers.Layer):
     """All that is known of a slice beside its codes, as one map: the location dependent term of [3, section 2.3].
 
-    Every number has a map of its own, and so has a constant 1: a learned vector for each position. The codes of the
-    slice below go through two convolutions. In training each condition is hidden from a share of the slices, so
-    that the network does without it too.
+    Each number is multiplied by a learned map (h, w, C), and the maps are added. A constant 1 among the numbers gives a
+    learned vector for each position. The codes of the slice below go through two convolutions. In training each
+    condition is hidden from a share of the slices, so that the network does without it too.
 
     Args:
         grid, filters: (h, w), C of the map.
@@ -706,7 +701,7 @@ class Conditioning(layers.Layer):
         learned_position: whether there is the constant 1.
         num_labels, num_scores, num_changes, below: of the conditions; 0 or False for one that is never known.
 
-    Call arguments: see `PixelCNN`; what stands for an unknown condition, `unknown` gives.
+    Call arguments: see `PixelCNN`; `unknown` gives the values that stand for unknown conditions.
     Returns: (B, h, w, filters); zeros where there is no condition.
     """
 
@@ -777,15 +772,13 @@ class Conditioning(layers.Layer):
         return added
 
 
-# --------------------------------------------------------------------------------------
-# PixelCNN
-# --------------------------------------------------------------------------------------
+# ---- PixelCNN ------------------------------------------------------------------------
 
 CONTEXT_EVERY = 5  # residual blocks
 
 
 def labels_of(slice_numbers, of_labels):
-    """Place of each slice number among those of the labels, which ascend: int32 (N,); -1 where it is none of them."""
+    """Index of each slice number in `of_labels`, which ascend: int32 (N,); -1 where it is not among them."""
     labels = np.searchsorted(of_labels, slice_numbers)
     return np.where(np.isin(slice_numbers, of_labels), labels, -1).astype(np.int32)
 
@@ -1017,9 +1010,7 @@ class PixelCNN(SavesItsArguments, keras.Model):
         return tfp.distributions.Gumbel(0.0, 1.0).quantile(tf.gather(uniform, streams))
 
 
-# --------------------------------------------------------------------------------------
-# Anomalies
-# --------------------------------------------------------------------------------------
+# ---- Anomalies -----------------------------------------------------------------------
 
 
 class AnomalyDetector:
@@ -1107,7 +1098,7 @@ class AnomalyDetector:
         return np.sort(maps.reshape(len(maps), -1), axis=1)[:, -highest:].mean(axis=1)
 
     def likeliest(self, images, labels):
-        """The labels, where one is not known that under which the codes are likeliest: int32 (N,)."""
+        """The labels, an unknown one replaced by that under which the codes are most probable: int32 (N,)."""
         labels, unknown = np.array(labels, np.int32), np.flatnonzero(np.asarray(labels) < 0)
         if len(unknown) and self.pixelcnn.num_labels:
             candidates = [np.full(len(unknown), label) for label in range(self.pixelcnn.num_labels)]

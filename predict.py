@@ -13,6 +13,7 @@ With --anomalies none of these is made: anomalies/ gets anomalies.csv, anomalies
 
 import argparse
 import dataclasses
+import itertools
 import os
 import pathlib
 import shutil
@@ -38,9 +39,7 @@ RESAMPLES = 1000  # of the test subjects, for an interval
 WANG = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}  # SSIM as in Wang et al. 2004
 WRITTEN = ("reconstructions.png", "samples.png", "samples.npz", "completions.png", "heads.png", "heads.npz")
 
-# --------------------------------------------------------------------------------------
-# Measures. Images are float32 (N, H, W) in [0, 1]
-# --------------------------------------------------------------------------------------
+# ---- Measures. Images are float32 (N, H, W) in [0, 1] --------------------------------
 
 
 def ssim(images, others, **options):
@@ -120,9 +119,7 @@ def histogram_entropy(codes):
     return stats.entropy(np.bincount(codes.ravel()))
 
 
-# --------------------------------------------------------------------------------------
-# The report
-# --------------------------------------------------------------------------------------
+# ---- The report ----------------------------------------------------------------------
 
 
 @dataclasses.dataclass
@@ -278,9 +275,7 @@ def measure_heads(heads, pixelcnn, test, reconstructed, train, components, seed)
     }
 
 
-# --------------------------------------------------------------------------------------
-# Pictures
-# --------------------------------------------------------------------------------------
+# ---- Pictures ------------------------------------------------------------------------
 
 
 def show(axis, image, caption="", **options):
@@ -352,7 +347,8 @@ def draw_completions(path, vqvae, pixelcnn, test, kind, options):
     """Keep the codes of the upper half of test slices and draw the rest, three times."""
     chosen, draws = evenly(8, len(test.images)), 3
     known = np.tile(test.codes[chosen], (draws, 1, 1))
-    known[:, known.shape[1] // 2 :] = -1
+    kept = known.shape[1] // 2  # rows of codes
+    known[:, kept:] = -1
     labels = np.tile(pixelcnn.labels_of(test.slice_numbers[chosen]), draws)
     # Without scores: drawn ones would not be those of the upper half.
     scores = np.full((len(known), pixelcnn.num_scores), np.nan, np.float32)
@@ -364,8 +360,9 @@ def draw_completions(path, vqvae, pixelcnn, test, kind, options):
     rows += [("lower half drawn", images, None) for images in np.split(decode(vqvae, drawn), draws)]
     title = f"Codes above the line kept, those below drawn: seed {options.seed}, temperature {options.temperature}"
     figure = picture_grid(title, rows, 1.5)
+    border = test.images.shape[1] * kept / known.shape[1] - 0.5
     for axis in figure.axes[len(chosen) :]:
-        axis.axhline(test.images.shape[1] / 2 - 0.5, color="tab:orange", linewidth=0.8)
+        axis.axhline(border, color="tab:orange", linewidth=0.8)
     save(figure, path)
 
 
@@ -382,14 +379,12 @@ def draw_head_cuts(path, heads, slice_numbers, test, kind, options):
         rows.append((name, [*head[places], *cuts], [*captions, "sagittal", "coronal"]))
     title = (
         f"Whole novel heads, not selected: the first {count} of {len(heads)}, seed {options.seed}, "
-        f"temperature {options.temperature}; and the first test head"
+        f"temperature {options.temperature}" + ("; and the first test head" if len(real) else "")
     )
     save(picture_grid(title, rows), path)
 
 
-# --------------------------------------------------------------------------------------
-# A run, and what is drawn from it
-# --------------------------------------------------------------------------------------
+# ---- A run, and what is drawn from it ------------------------------------------------
 
 
 def load_run(run):
@@ -527,9 +522,7 @@ def measure_and_draw(options, run, vqvae, pixelcnn, splits, data):
     return report
 
 
-# --------------------------------------------------------------------------------------
-# Anomalies in other slices
-# --------------------------------------------------------------------------------------
+# ---- Anomalies in other slices -------------------------------------------------------
 
 
 def numbers_of(names, given):
@@ -542,9 +535,9 @@ def picture_names(names):
     """NAME.png of each file NAME.xyz, numbered where several have one name, also where case does not count."""
     pictures = {}  # casefolded -> name
     for name in names:
-        stem = picture = pathlib.Path(name).stem
-        while picture.casefold() in pictures:
-            picture = f"{stem[:60]}_{len(pictures)}"
+        stem = pathlib.Path(name).stem
+        candidates = itertools.chain([stem], (f"{stem[:60]}_{number}" for number in itertools.count(1)))
+        picture = next(candidate for candidate in candidates if candidate.casefold() not in pictures)
         pictures[picture.casefold()] = picture
     return [f"{picture}.png" for picture in pictures.values()]
 
@@ -631,30 +624,33 @@ def find_anomalies(options):
     found = {"images": images[..., 0], **detector.examine(images, labels, options.seed, dataset.verbosity())}
     found["labels"] = np.array([*pixelcnn.slice_numbers, -1], np.int32)[found["labels"]]  # numbers as in the names
     with run.one_writer(), dataset.write_errors(results):
-        shutil.rmtree(results, ignore_errors=True)  # what an earlier call left
+        (results / "anomalies.csv").unlink(missing_ok=True)  # of an earlier call; the new one comes last
+        shutil.rmtree(results, ignore_errors=True)
         results.mkdir()
         draw_anomalies(results, names, found, kind_of(data))
         save_anomalies(results, names, found)
 
 
-# --------------------------------------------------------------------------------------
-# Main
-# --------------------------------------------------------------------------------------
+# ---- Main ----------------------------------------------------------------------------
 
 
 def parse_arguments(arguments):
+    number = dataset.number
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     where = "folder of the slices (default: where the run was trained)"
     parser.add_argument("--data", type=dataset.folder, help=where)
     filled = "folder that train.py filled (default: %(default)s)"
     parser.add_argument("--run", type=dataset.folder, default="runs/oasis", help=filled)
-    parser.add_argument("--num-samples", type=int, metavar="N", help="default: the number of test slices")
-    parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="1 samples the model itself")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of all that is drawn (default: %(default)s)")
+    count, typical = "default: the number of test slices", "1 samples the model itself"
+    parser.add_argument("--num-samples", type=number(int, 2, 10**5), metavar="N", help=count)
+    parser.add_argument("--temperature", type=number(float, 0.01, 100), default=1.0, metavar="T", help=typical)
+    drawn = "of all that is drawn (default: %(default)s)"
+    parser.add_argument("--seed", type=number(int, 0, 2**31 - 1), default=0, metavar="N", help=drawn)
     levels = "levels to draw, in turn (default: the test's); of --anomalies the one where names tell none"
     parser.add_argument("--slice", type=int, nargs="+", metavar="N", help=levels)
     parser.add_argument("--complete", action="store_true", help="draw the lower half of test slices, given the upper")
-    parser.add_argument("--heads", type=int, metavar="N", help="draw N whole heads too, each slice given that below")
+    heads = "draw N whole heads too, each slice given that below"
+    parser.add_argument("--heads", type=number(int, 1, 10**4), metavar="N", help=heads)
     unexpected = "show what is unexpected in the slices of this folder"
     parser.add_argument("--anomalies", type=dataset.folder, metavar="FOLDER", help=unexpected)
     options = parser.parse_args(arguments)
@@ -665,11 +661,6 @@ def parse_arguments(arguments):
             )
         if options.slice and len(options.slice) > 1:
             parser.error("--slice with --anomalies is one number, that of all slices whose names have none")
-    ranges = {"num_samples": (2, 10**6), "heads": (1, 10**4), "temperature": (0.01, 100), "seed": (0, 2**31 - 1)}
-    for name, (low, high) in ranges.items():
-        value = getattr(options, name)
-        if value is not None and not low <= value <= high:
-            parser.error(f"--{name.replace('_', '-')} must be from {low} to {high}, not {value}")
     return options
 
 

@@ -91,9 +91,7 @@ ORIGINAL = """
 DEMO = "--vqvae-batch-size 32 --vqvae-epochs 16 --pixelcnn-batch-size 32 --pixelcnn-epochs 24"
 
 
-# --------------------------------------------------------------------------------------
-# The command line
-# --------------------------------------------------------------------------------------
+# ---- The command line ----------------------------------------------------------------
 
 
 def as_flag(name):
@@ -115,10 +113,12 @@ def parse_arguments(arguments=None):
     for field in dataclasses.fields(Settings):
         if field.type is bool:
             options = {"action": argparse.BooleanOptionalAction}
-        elif field.type in (int, float):
-            options = {"type": field.type, "metavar": "N"}
         else:
-            options = {"type": int, "nargs": "+", "metavar": "N"}
+            kind = float if field.type is float else int
+            low, high = field.metadata["low"], field.metadata["high"]
+            options = {"type": dataset.number(kind, low, high), "metavar": "N"}
+            if field.type not in (int, float):
+                options["nargs"] = "+"
         meaning = field.metadata["help"] + " (default: %(default)s)"
         parser.add_argument(as_flag(field.name), default=field.default, help=meaning, **options)
     given = sys.argv[1:] if arguments is None else list(arguments)
@@ -128,29 +128,18 @@ def parse_arguments(arguments=None):
     if options.demo and options.data:
         parser.error("--demo makes its own data: leave out --data, or --demo")
     settings = Settings(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Settings)})
-    check_ranges(settings, parser)
+    if settings.image_size % 2 ** len(settings.filters):
+        halvings = len(settings.filters)
+        parser.error(f"--filters: {settings.image_size} pixels (--image-size) cannot be halved {halvings} times")
+    if settings.pixelcnn_filters % 2:
+        parser.error(f"--pixelcnn-filters must be even, not {settings.pixelcnn_filters}")
     options.run = options.run or dataset.folder("runs/demo" if options.demo else "runs/oasis")
     phantoms = options.run / "phantom_slices" if options.demo else None
     options.data = options.data or phantoms or dataset.folder("keras_png_slices_data")
     return settings, options
 
 
-def check_ranges(settings, parser):
-    for field in dataclasses.fields(Settings):
-        value, low, high = getattr(settings, field.name), field.metadata["low"], field.metadata["high"]
-        for number in value if isinstance(value, (list, tuple)) else [value]:
-            if low is not None and not low <= number <= high:
-                parser.error(f"{as_flag(field.name)} must be from {low} to {high}, not {number}")
-    if settings.image_size % 2 ** len(settings.filters):
-        halvings = len(settings.filters)
-        parser.error(f"--filters: {settings.image_size} pixels (--image-size) cannot be halved {halvings} times")
-    if settings.pixelcnn_filters % 2:
-        parser.error(f"--pixelcnn-filters must be even, not {settings.pixelcnn_filters}")
-
-
-# --------------------------------------------------------------------------------------
-# The run directory
-# --------------------------------------------------------------------------------------
+# ---- The run directory ---------------------------------------------------------------
 
 
 def library_versions():
@@ -272,9 +261,7 @@ class Run:
         dataset.write_json(self.path, self.config)
 
 
-# --------------------------------------------------------------------------------------
-# One stage: a model, fitted epoch by epoch into the run directory
-# --------------------------------------------------------------------------------------
+# ---- One stage: a model, fitted epoch by epoch into the run directory ----------------
 
 SAVE_EVERY = 60  # seconds, at least, between two savings: on a fast card one takes longer than an epoch
 
@@ -446,7 +433,7 @@ def fit(stage, make_model, counts, prepare, validation):
                 shuffle=False,  # done by the batches
                 verbose=dataset.verbosity(),
             )
-        except (KeyboardInterrupt, dataset.UserError):
+        except (KeyboardInterrupt, Exception):
             checkpoint.save()
             raise
     # A model of its own, without the optimizer and what the compiling left.
@@ -478,9 +465,7 @@ def plot_history(stage, rows):
     dataset.write_figure(stage.plot, figure)
 
 
-# --------------------------------------------------------------------------------------
-# The two stages
-# --------------------------------------------------------------------------------------
+# ---- The two stages ------------------------------------------------------------------
 
 
 def make_vqvae(settings, data_variance=1.0):
@@ -565,10 +550,10 @@ def fit_pixelcnn(run, settings, vqvae, train, validate):
         """The codes of a batch, and its conditions. The slice below has the same change."""
         example, variant = index[:, 0], index[:, 1]
         batch = {name: tf.gather_nd(values, index) for name, values in variants.items()}
-        lower = tf.gather(lower_slices, example)[:, None, None]
-        lower_codes = tf.gather_nd(variants["codes"], tf.stack([tf.maximum(lower[:, 0, 0], 0), variant], axis=1))
+        lower = tf.gather(lower_slices, example)
+        lower_codes = tf.gather_nd(variants["codes"], tf.stack([tf.maximum(lower, 0), variant], axis=1))
         batch["codes"] = tf.cast(batch["codes"], tf.int32)
-        batch["below"] = tf.where(lower < 0, -1, tf.cast(lower_codes, tf.int32))
+        batch["below"] = tf.where(lower[:, None, None] < 0, -1, tf.cast(lower_codes, tf.int32))
         return {**batch, "labels": tf.gather(all_labels, example)}
 
     codes_to_validate = vqvae.encode(dataset.to_float(validate.images))

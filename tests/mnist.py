@@ -27,7 +27,7 @@ import numpy as np
 
 BINARISED = 0  # seed
 VALIDATE = 5000  # images
-BATCH_SIZE, WARMUP, LEARNING_RATE = 32, 200, 3e-3  # images a step; steps; at its highest
+BATCH_SIZE, WARMUP, LEARNING_RATE = 64, 200, 5e-3  # images a step; steps; at its highest
 
 
 def read_digits(path):
@@ -81,11 +81,13 @@ def measure(options):
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    number, default = dataset.number, "default: %(default)s"
     parser.add_argument("--data", type=dataset.folder, required=True, help="folder of the idx files")
-    parser.add_argument("--epochs", type=int, default=4, metavar="N", help="default: %(default)s")
-    parser.add_argument("--filters", type=int, default=64, metavar="N", help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the weights and the samples")
-    parser.add_argument("--picture", type=dataset.folder, default="mnist.png", help="default: %(default)s")
+    parser.add_argument("--epochs", type=number(int, 1, 10**4), default=6, metavar="N", help=default)
+    parser.add_argument("--filters", type=number(int, 2, 4096), default=64, metavar="N", help=default)
+    of = "of the weights and the samples; " + default
+    parser.add_argument("--seed", type=number(int, 0, 2**31 - 1), default=0, metavar="N", help=of)
+    parser.add_argument("--picture", type=dataset.folder, default="mnist.png", help=default)
     options = parser.parse_args(arguments)
     print(modules.set_up_devices())
     with modules.keras_defaults():

@@ -17,9 +17,7 @@ import pytest
 from conftest import ROOT, files_in, write_data, write_slices
 from PIL import Image
 
-# --------------------------------------------------------------------------------------
-# Decoding
-# --------------------------------------------------------------------------------------
+# ---- Decoding ------------------------------------------------------------------------
 
 # How to save an RGB picture, the file's ending, and the distance allowed from PIL's grey picture before
 # it is rounded. 0.5 is the rounding of the result; to grey, libpng truncates where PIL rounds: 1 more at
@@ -116,9 +114,7 @@ def test_a_split_of_one_grey_is_refused_and_a_dark_one_is_noted(data):
         dataset.load(data)
 
 
-# --------------------------------------------------------------------------------------
-# Finding and ordering
-# --------------------------------------------------------------------------------------
+# ---- Finding and ordering ------------------------------------------------------------
 
 
 def test_order_is_by_case_then_slice_number(tmp_path):
@@ -162,9 +158,7 @@ def test_a_file_name_need_not_be_utf8(data):
     assert dataset.fingerprint(loaded)["test"]["images"] == 3
 
 
-# --------------------------------------------------------------------------------------
-# Subjects and splits
-# --------------------------------------------------------------------------------------
+# ---- Subjects and splits -------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("ignore:some files")
@@ -233,9 +227,7 @@ def test_the_slices_of_a_head_and_the_one_below_each():
     assert dataset.slices_below(chosen.cases, chosen.slice_numbers).tolist() == [-1, 0, -1]
 
 
-# --------------------------------------------------------------------------------------
-# Ranges and batches
-# --------------------------------------------------------------------------------------
+# ---- Ranges and batches --------------------------------------------------------------
 
 
 def test_a_split_is_uint8_and_to_float_is_its_share_of_255(data, capsys):
@@ -338,9 +330,7 @@ def test_batches_from_a_later_epoch_are_the_tail_of_all(start):
     np.testing.assert_array_equal(numbered_batches(epochs=range(start, 4)), numbered_batches()[3 * start :])
 
 
-# --------------------------------------------------------------------------------------
-# Files and phantoms
-# --------------------------------------------------------------------------------------
+# ---- Files and phantoms --------------------------------------------------------------
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):

@@ -44,9 +44,7 @@ def blobs(count=64, size=16, seed=0):
     return tf.image.resize(coarse, (size, size)).numpy()
 
 
-# --------------------------------------------------------------------------------------
-# Vector quantizer
-# --------------------------------------------------------------------------------------
+# ---- Vector quantizer ----------------------------------------------------------------
 
 
 def make_quantizer(ema_decay=0.99, commitment_cost=1.0):
@@ -138,9 +136,7 @@ def test_usage_is_that_of_all_batches_together():
     assert usage.result()["codes_used"] == 0
 
 
-# --------------------------------------------------------------------------------------
-# VQ-VAE
-# --------------------------------------------------------------------------------------
+# ---- VQ-VAE --------------------------------------------------------------------------
 
 
 def test_decode_of_encode_is_the_call_clipped_however_many_there_are():
@@ -177,9 +173,7 @@ def test_loss_has_the_terms_it_says():
     np.testing.assert_allclose(logs["loss"], expected, rtol=1e-5)
 
 
-# --------------------------------------------------------------------------------------
-# Masked convolutions
-# --------------------------------------------------------------------------------------
+# ---- Masked convolutions -------------------------------------------------------------
 
 
 MASKED = {  # a layer, and how many entries of its kernel are not masked: the first ones
@@ -211,9 +205,7 @@ def test_masked_convolution_is_the_plain_one_with_a_masked_kernel(kind, grid=(4,
         np.testing.assert_allclose(tape.gradient(our_loss, x), tape.gradient(plain_loss, x), atol=1e-5)
 
 
-# --------------------------------------------------------------------------------------
-# PixelCNN: what its logits depend on
-# --------------------------------------------------------------------------------------
+# ---- PixelCNN: what its logits depend on ---------------------------------------------
 
 
 def influence(function, grid):
@@ -334,9 +326,7 @@ def test_nll_is_that_of_the_softmax_given_what_is_told(model):
     assert difference[0] == 0 and (difference[1:] > 1e-2).all()  # of the first nothing is told
 
 
-# --------------------------------------------------------------------------------------
-# PixelCNN: sampling
-# --------------------------------------------------------------------------------------
+# ---- PixelCNN: sampling --------------------------------------------------------------
 
 STREAMS = np.array([5, 1, 0, 3, 4, 5, 9, 7, 2], "int32")
 
@@ -501,9 +491,7 @@ def test_scores_are_drawn_where_labels_alone_are_told(model):
     assert (model.sample(9, 1, streams=STREAMS, labels=LABELS, scores=unknown).numpy() != samples).any()
 
 
-# --------------------------------------------------------------------------------------
-# Training and files
-# --------------------------------------------------------------------------------------
+# ---- Training and files --------------------------------------------------------------
 
 
 def test_a_residual_block_starts_as_what_passes_it_by():
@@ -624,9 +612,7 @@ def test_saved_models_reopen(tmp_path):
         np.testing.assert_array_equal(ours, theirs)
 
 
-# --------------------------------------------------------------------------------------
-# What is refused
-# --------------------------------------------------------------------------------------
+# ---- What is refused -----------------------------------------------------------------
 
 REFUSED = [  # what is asked, and what the message has in it
     (lambda model: modules.VQVAE(4, 4, image_size=20, filters=(4, 4, 4)), "image_size 20"),

@@ -90,9 +90,7 @@ def test_train_leaves_a_finished_run_alone(copied_run, phantoms, capsys):
     assert capsys.readouterr().out.count("finished before") == 2 and times() == before
 
 
-# --------------------------------------------------------------------------------------
-# Its report, computed otherwise
-# --------------------------------------------------------------------------------------
+# ---- Its report, computed otherwise --------------------------------------------------
 
 
 def approx(expected):
@@ -344,9 +342,7 @@ def test_pictured_samples_are_the_first_of_evenly_spaced_levels_in_order():
         assert (np.diff(labels[shown.ravel()]) >= 0).all()
 
 
-# --------------------------------------------------------------------------------------
-# Other heads, and other places
-# --------------------------------------------------------------------------------------
+# ---- Other heads, and other places ---------------------------------------------------
 
 
 @eagerly()

@@ -22,9 +22,7 @@ import pytest
 import tensorflow as tf
 from conftest import ROOT, TINY, TRAINED, eagerly, files_in, killed_before, read_history, write_data, write_slices
 
-# --------------------------------------------------------------------------------------
-# A run that was stopped, or that has an unusual Keras
-# --------------------------------------------------------------------------------------
+# ---- A run that was stopped, or that has an unusual Keras ----------------------------
 
 
 @pytest.fixture(scope="module")
@@ -32,22 +30,11 @@ def whole(tmp_path_factory):
     """An uninterrupted run, and `fit`, which starts or continues another one with the same arguments."""
     folder = tmp_path_factory.mktemp("whole")
     data = write_data(folder / "data", train=[1, 2, 3], validate=[402], test=[441])
-    short = [
-        "--image-size",
-        "16",
-        "--vqvae-epochs",
-        "2",
-        "--vqvae-batch-size",
-        "3",
-        "--pixelcnn-epochs",
-        "2",
-        "--pixelcnn-blocks",
-        "1",
-    ]
+    short = "--image-size 16 --vqvae-epochs 2 --vqvae-batch-size 3 --pixelcnn-epochs 2 --pixelcnn-blocks 1"
 
     def fit(run):
         with eagerly():
-            return train.main(["--data", str(data), "--run", str(run), *TINY, *short])
+            return train.main(["--data", str(data), "--run", str(run), *TINY, *short.split()])
 
     assert fit(folder / "run") == 0
     return types.SimpleNamespace(run=folder / "run", data=data, fit=fit)
@@ -67,7 +54,7 @@ def test_stopped_run_ends_as_the_uninterrupted_one(whole, tmp_path, monkeypatch,
     """The disk is full once; then killed before two files have their names."""
     run = tmp_path / "run"
     run.mkdir()
-    (run / "partial.npz").symlink_to("/dev/full")
+    (run / ".partial.npz").symlink_to("/dev/full")
     monkeypatch.setattr(train, "SAVE_EVERY", -1)  # after every epoch
     assert whole.fit(run) == 2
     assert f"{run / 'vqvae_last.npz'} cannot be written (No space left on device)" in capsys.readouterr().err
@@ -117,9 +104,7 @@ def saved(run):
         return json.loads(str(last["rows"]))[1], dict(last)
 
 
-# --------------------------------------------------------------------------------------
-# The same, of a model that is fitted in no time
-# --------------------------------------------------------------------------------------
+# ---- The same, of a model that is fitted in no time ----------------------------------
 
 
 @keras.saving.register_keras_serializable(package="tests")
@@ -264,9 +249,7 @@ def test_a_loss_that_is_not_a_number_stops_the_stage_and_the_best_epoch_is_kept(
     assert min(rows, key=train.selection_loss) is rows[1]
 
 
-# --------------------------------------------------------------------------------------
-# Optimizers
-# --------------------------------------------------------------------------------------
+# ---- Optimizers ----------------------------------------------------------------------
 
 
 def make_optimizer(steps, **settings):
@@ -308,9 +291,7 @@ def test_muon_takes_the_1x1_convolutions_alone():
     assert model.head[2].kernel.path not in by_muon and len(set(by_muon)) == 5
 
 
-# --------------------------------------------------------------------------------------
-# What the prior is fitted on
-# --------------------------------------------------------------------------------------
+# ---- What the prior is fitted on -----------------------------------------------------
 
 
 def made_for_pixelcnn(folder, slices, **settings):
@@ -374,9 +355,7 @@ def test_every_condition_belongs_to_its_picture(phantoms, tmp_path):
     assert not any(matches(variant, variants_of(3)["changes"][variant]) for variant in np.flatnonzero(~unchanged))
 
 
-# --------------------------------------------------------------------------------------
-# What one GPU does differently, on a CPU
-# --------------------------------------------------------------------------------------
+# ---- What one GPU does differently, on a CPU -----------------------------------------
 
 
 @pytest.mark.parametrize("flags, compiled", [("", True), ("--original", False)])
