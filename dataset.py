@@ -59,15 +59,15 @@ class Slices:
 
     images: np.ndarray  # uint8 [0, 255], (N, H, W)
     names: np.ndarray  # file names (N,)
-    cases: np.ndarray  # number of the subject, int32 (N,); -1 where the name does not tell
-    slice_numbers: np.ndarray  # int32 (N,); -1 where the name does not tell
+    cases: np.ndarray  # number of the subject, int32 (N,); -1 where not known
+    slice_numbers: np.ndarray  # int32 (N,); -1 where not known
 
     def __getitem__(self, chosen):
         return Slices(self.images[chosen], self.names[chosen], self.cases[chosen], self.slice_numbers[chosen])
 
     @property
     def subjects(self):
-        """How many there are; None where a name does not tell."""
+        """How many there are; None where one is not known."""
         return None if (self.cases < 0).any() else len(np.unique(self.cases))
 
 
@@ -208,7 +208,7 @@ def is_phantom(folder):
 
 
 def hold_out(train):
-    """Split train into (train, validate): a tenth of the subjects, and of the slices whose names tell no subject."""
+    """Split train into (train, validate): a tenth of the subjects, and of the slices of no known subject."""
     heads, named, held_out = heads_of(train), train.cases >= 0, np.zeros(len(train.cases), bool)
     for group in (named, ~named):
         members = np.unique(heads[group])
@@ -220,7 +220,7 @@ def hold_out(train):
 
 
 def fingerprint(loaded):
-    """What tells one data set from another: {split: {"images", "subjects", "sha256"}} of names and pixels."""
+    """A fingerprint of a data set: {split: {"images", "subjects", "sha256"}} of names and pixels."""
     return {
         name: {
             "images": len(split.images),
@@ -379,7 +379,7 @@ def import_oasis(folder, target):
 
 
 def heads_of(slices):
-    """Which slices are of the same head, from 0: int (N,). Where names do not tell, every slice is one of its own."""
+    """Which slices are of the same head, from 0: int (N,). A slice of no known subject is one of its own."""
     unknown = slices.cases < 0
     cases = np.where(unknown, np.arange(len(unknown)) - len(unknown), slices.cases)
     return np.unique(cases, return_inverse=True)[1]

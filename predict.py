@@ -92,7 +92,7 @@ def resample(cases, count):
 def with_interval(name, values, cases):
     """The mean of a measure of slices, and what 95 % of draws of other subjects give, as two entries of the report.
 
-    The interval is None where names do not tell at least two subjects.
+    The interval is None where fewer than two subjects are known.
     """
     limits = None
     if cases.min() >= 0 and len(np.unique(cases)) > 1:
@@ -646,7 +646,7 @@ def parse_arguments(arguments):
     parser.add_argument("--temperature", type=number(float, 0.01, 100), default=1.0, metavar="T", help=typical)
     drawn = "of all that is drawn (default: %(default)s)"
     parser.add_argument("--seed", type=number(int, 0, 2**31 - 1), default=0, metavar="N", help=drawn)
-    levels = "levels to draw, in turn (default: the test's); of --anomalies the one where names tell none"
+    levels = "levels to draw, in turn (default: the test's); of --anomalies the one where a name has none"
     parser.add_argument("--slice", type=int, nargs="+", metavar="N", help=levels)
     parser.add_argument("--complete", action="store_true", help="draw the lower half of test slices, given the upper")
     heads = "draw N whole heads too, each slice given that below"

@@ -64,7 +64,7 @@ class Settings:
     zero_init: bool = setting(True, "residual blocks start as identities, which allows the learning rate below")
     context_filters: int = setting(64, "channels that sum up all rows above; 0 for none", 0, 4096)
     learned_position: bool = setting(True, "add a learned vector for each grid position")
-    labels: bool = setting(True, "condition on the slice number, where names tell it")
+    labels: bool = setting(True, "condition on the slice number, where file names have it")
     scores: int = setting(16, "principal scores of the whole slice to condition on, if on labels; 0 for none", 0, 64)
     below: bool = setting(True, "condition on the slice below in the same head, if on labels: for whole heads")
     pixelcnn_epochs: int = setting(100, "epochs of the PixelCNN", 1, 10**6)

@@ -174,7 +174,9 @@ def measure(options):
     splits = ("test",) if options.split == "test" else ("train", "validate")  # train, to hold out of it where need be
     split = predict.load_data(options, run, splits)[0][options.split]
     if not split.subjects or split.subjects < 2:
-        raise dataset.UserError(f"{options.split}: two subjects at least are needed, and names that tell them")
+        raise dataset.UserError(
+            f"{options.split}: two known subjects at least are needed: name the files case_N_slice_M"
+        )
     detector, _ = predict.make_detector(options, run, vqvae, pixelcnn)
     images = dataset.to_float(split.images)
     chosen = predict.evenly(options.slices, len(images))

@@ -10,7 +10,6 @@ import sys
 import warnings
 
 import dataset
-import modules
 
 import numpy as np
 import pytest
@@ -250,19 +249,19 @@ def disc(size=64, radius=10):
 
 
 def test_all_slices_of_a_head_are_changed_alike():
-    """By what is told, as a share of each limit, and depends on the seed; threads give what a plain loop gives."""
+    """By the returned shares of each limit, which depend on the seed; threads give what a plain loop gives."""
     rng = np.random.default_rng(0)
     heads = np.repeat(np.arange(40), 3)[rng.permutation(120)]
     images = rng.integers(0, 256, (120, 24, 24), "uint8")
-    pictures, told = dataset.augment(images, heads, seed=(0, 1))
-    assert pictures.dtype == np.uint8 and told.dtype == np.float32
-    looped = [dataset.change(image, amounts) for image, amounts in zip(images, told[:, :5].astype(float))]
-    np.testing.assert_allclose(pictures, np.array(looped).astype(int), atol=1)  # told is rounded to float32
-    assert (told[:, 5] == 1).all() and (np.abs(told[:, :5]) <= 1).all()
-    assert told[:, :5].min() < -0.9 and told[:, :5].max() > 0.9
-    np.testing.assert_array_equal((told[:, None] == told).all(axis=-1), heads[:, None] == heads)
+    pictures, changes = dataset.augment(images, heads, seed=(0, 1))
+    assert pictures.dtype == np.uint8 and changes.dtype == np.float32
+    looped = [dataset.change(image, amounts) for image, amounts in zip(images, changes[:, :5].astype(float))]
+    np.testing.assert_allclose(pictures, np.array(looped).astype(int), atol=1)  # amounts are rounded to float32
+    assert (changes[:, 5] == 1).all() and (np.abs(changes[:, :5]) <= 1).all()
+    assert changes[:, :5].min() < -0.9 and changes[:, :5].max() > 0.9
+    np.testing.assert_array_equal((changes[:, None] == changes).all(axis=-1), heads[:, None] == heads)
     np.testing.assert_array_equal(dataset.augment(images, heads, seed=(0, 1))[0], pictures)
-    assert (dataset.augment(images, heads, seed=(1, 0))[1][:, :5] != told[:, :5]).all()
+    assert (dataset.augment(images, heads, seed=(1, 0))[1][:, :5] != changes[:, :5]).all()
 
 
 def changed(image, *amounts):
@@ -290,14 +289,6 @@ def test_no_change_changes_nothing_and_growth_is_of_lengths():
     noise = np.random.default_rng(0).integers(0, 256, (64, 64), "uint8")
     np.testing.assert_array_equal(changed(noise, 0, 0, 0, 0, 0), noise)
     assert changed(disc(), 0, 0, 0, 0.5, 0).sum() / disc().sum() == pytest.approx(1.5**2, rel=0.01)
-
-
-def test_the_slice_below_is_that_of_the_next_lower_label_in_the_same_head():
-    """Labels are places among the numbers that train has: of 0, 2 and 4 the slice below 2 is 0."""
-    cases = np.array([-1, 3, 3, 3, 7, 7, 7, 8])
-    labels = modules.labels_of([-1, 0, 2, 4, 0, 3, 4, 4], [0, 2, 4])
-    assert labels.tolist() == [-1, 0, 1, 2, 0, -1, 2, 2]
-    assert dataset.slices_below(cases, labels).tolist() == [-1, -1, 1, 2, -1, -1, -1, -1]
 
 
 def numbered_batches(examples=12, seed=3, epochs=range(4)):

@@ -1,7 +1,5 @@
 """Each layer against Keras's own contract of a layer, plain and under mixed precision; the user's Keras settings."""
 
-import contextlib
-
 import modules
 
 import keras
@@ -45,34 +43,11 @@ def test_conditioning_keeps_the_contract_of_keras():
     )
 
 
-def test_scores_reopen_with_their_axes(tmp_path):
-    """In another process too they are the same numbers: nothing is fitted again."""
-    images = RNG.random((12, 4, 4, 1)).astype("float32")
-    model = modules.PixelCNN(6, (2, 2), 8, 1, num_labels=3, num_scores=2, image_size=4)
-    model.head_scores.fit(images, np.arange(12) % 3, np.arange(12) // 3)
-    model.save(tmp_path / "pixelcnn.keras")
-    reopened = keras.saving.load_model(tmp_path / "pixelcnn.keras")
-    np.testing.assert_array_equal(reopened.head_scores.of(images), model.head_scores.of(images))
-    np.testing.assert_array_equal(reopened.draw_scores([0, 2], seed=1), model.draw_scores([0, 2], seed=1))
-
-
-@contextlib.contextmanager
-def set_keras(policy="float32", floatx="float32", data_format="channels_last"):
-    """The user's own settings of Keras."""
-    before = keras.config.dtype_policy(), keras.config.floatx(), keras.config.image_data_format()
-    for name, value in zip(("dtype_policy", "floatx", "image_data_format"), (policy, floatx, data_format)):
-        getattr(keras.config, f"set_{name}")(value)
-    try:
-        yield
-    finally:
-        for name, value in zip(("dtype_policy", "floatx", "image_data_format"), before):
-            getattr(keras.config, f"set_{name}")(value)
-
-
 @pytest.mark.parametrize(
-    "settings", [{"policy": "mixed_float16"}, {"floatx": "float64"}, {"data_format": "channels_first"}], ids=str
+    "name, value",
+    [("dtype_policy", "mixed_float16"), ("floatx", "float64"), ("image_data_format", "channels_first")],
 )
-def test_models_are_float32_with_the_channels_last_whatever_keras_is_set_to(settings):
+def test_models_are_float32_with_the_channels_last_whatever_keras_is_set_to(name, value):
     def numbers():
         keras.utils.set_random_seed(0)
         vqvae = modules.VQVAE(8, 4, image_size=16, filters=(4, 4), encoder_blocks=1, decoder_blocks=1)
@@ -83,9 +58,9 @@ def test_models_are_float32_with_the_channels_last_whatever_keras_is_set_to(sett
         codes = vqvae.encode(images)
         return [codes, vqvae.decode(codes), pixelcnn(codes), pixelcnn.sample(3, seed=0, labels=np.zeros(3, np.int32))]
 
-    with set_keras(**settings):
+    with modules.keras_defaults():  # what is set inside is put back
+        getattr(keras.config, f"set_{name}")(value)
         found = numbers()
-        assert keras.config.dtype_policy().name == settings.get("policy", "float32")  # the user's are left as they are
     for ours, expected in zip(found, numbers()):
         assert ours.dtype == expected.dtype and ours.dtype in (tf.float32, tf.int32)
         np.testing.assert_allclose(ours, expected, atol=1e-5)

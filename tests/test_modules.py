@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-# What can be told to a PixelCNN; and a model of little.
-EVERYTHING = {"num_labels": 3, "num_scores": 2, "num_changes": 2, "below": True, "image_size": 4}
+# All conditions of a PixelCNN; and a model without any.
+CONDITIONS = {"num_labels": 3, "num_scores": 2, "num_changes": 2, "below": True, "image_size": 4}
 PLAIN = {"context_filters": 0, "learned_position": False}
 
 
@@ -235,11 +235,13 @@ def expected_influence(grid, contexts):
 
 @pytest.mark.parametrize("contexts", [True, False])
 def test_logits_depend_on_earlier_codes_alone_and_on_all_but_the_blind_spot(contexts, grid=(4, 9)):
-    model = make_pixelcnn(grid, filters=16, context_filters=4 * contexts, **EVERYTHING)
-    told = {name: values[1:2] for name, values in told_everything(grid).items()}
+    model = make_pixelcnn(grid, filters=16, context_filters=4 * contexts, **CONDITIONS)
+    conditions = {name: values[1:2] for name, values in all_conditions(grid).items()}
 
     def logits(codes):
-        return model({"codes": codes, **{name: np.repeat(values, len(codes), axis=0) for name, values in told.items()}})
+        return model(
+            {"codes": codes, **{name: np.repeat(values, len(codes), axis=0) for name, values in conditions.items()}}
+        )
 
     expected = expected_influence(grid, contexts)
     assert not np.tril(expected).any()
@@ -259,8 +261,8 @@ def test_control_a_mask_of_type_b_first_leaks_and_so_does_a_context_of_its_own_r
 LABELS = np.array([-1, 2, 0, 1, -1, 2, 2, 0, 1], "int32")
 
 
-def told_everything(grid):
-    """What is told of nine slices: of the first one nothing, of the second all, of others something is not known."""
+def all_conditions(grid):
+    """Conditions of nine slices: of the first none is known, of the second all are, of others some."""
     rng = np.random.default_rng(1)
     scores, changes = rng.normal(size=(9, 2)).astype("float32"), rng.uniform(-1, 1, (9, 2)).astype("float32")
     below = random_codes(grid, 9, seed=2)
@@ -276,19 +278,19 @@ def with_scores(model):
 
 @pytest.fixture(scope="module")
 def model():
-    """A PixelCNN that is told everything. Not to be changed by a test."""
-    return with_scores(make_pixelcnn((4, 6), filters=16, **EVERYTHING))
+    """A PixelCNN with all conditions. Not to be changed by a test."""
+    return with_scores(make_pixelcnn((4, 6), filters=16, **CONDITIONS))
 
 
 @pytest.mark.parametrize("name", ["labels", "scores", "below", "changes"])
-def test_what_is_told_reaches_every_position_and_unknown_is_nothing_told(name, model):
-    codes, told = random_codes((4, 6), 9), told_everything((4, 6))
-    logits = np.array(model({"codes": codes, **told}))
+def test_a_condition_reaches_every_position_and_an_unknown_one_is_none(name, model):
+    codes, conditions = random_codes((4, 6), 9), all_conditions((4, 6))
+    logits = np.array(model({"codes": codes, **conditions}))
     unknown = {"labels": -1, "scores": np.nan, "below": -1, "changes": 0}[name]
-    known = ~np.isclose(told[name].reshape(9, -1)[:, 0], unknown, equal_nan=True)
+    known = ~np.isclose(conditions[name].reshape(9, -1)[:, 0], unknown, equal_nan=True)
     assert 0 < known.sum() < 9
-    del told[name]
-    difference = np.abs(logits - model({"codes": codes, **told})).max(axis=-1)
+    del conditions[name]
+    difference = np.abs(logits - model({"codes": codes, **conditions})).max(axis=-1)
     assert (difference[known] > 1e-4).all()
     assert (difference[~known] == 0).all()
 
@@ -317,13 +319,13 @@ def nats_of(logits, codes):
     return log_sum - np.take_along_axis(logits, codes[..., None], axis=-1)[..., 0]
 
 
-def test_nll_is_that_of_the_softmax_given_what_is_told(model):
-    codes, told = random_codes((4, 6), 9), told_everything((4, 6))
-    nats = model.nll(codes, **told)
+def test_nll_is_that_of_the_softmax_given_the_conditions(model):
+    codes, conditions = random_codes((4, 6), 9), all_conditions((4, 6))
+    nats = model.nll(codes, **conditions)
     assert nats.shape == (9, 4, 6) and nats.dtype == tf.float32
-    np.testing.assert_allclose(nats, nats_of(model({"codes": codes, **told}), codes), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(nats, nats_of(model({"codes": codes, **conditions}), codes), rtol=1e-4, atol=1e-5)
     difference = np.abs(model.nll(codes) - nats).max(axis=(1, 2))
-    assert difference[0] == 0 and (difference[1:] > 1e-2).all()  # of the first nothing is told
+    assert difference[0] == 0 and (difference[1:] > 1e-2).all()  # the first one has no condition
 
 
 # ---- PixelCNN: sampling --------------------------------------------------------------
@@ -331,27 +333,24 @@ def test_nll_is_that_of_the_softmax_given_what_is_told(model):
 STREAMS = np.array([5, 1, 0, 3, 4, 5, 9, 7, 2], "int32")
 
 
-def draw_naively(model, known, seed, temperature, told):
+def draw_naively(model, known, seed, temperature, conditions):
     """What `PixelCNN.sample` does, with one pass of the full network for every position."""
     codes = np.zeros_like(known)
     for position, (row, column) in enumerate(np.ndindex(model.grid)):
-        logits = model({"codes": codes, **told})[:, row, column] / temperature
+        logits = model({"codes": codes, **conditions})[:, row, column] / temperature
         drawn = np.argmax(logits + model.gumbel_noise(tf.constant(STREAMS), seed, position), axis=-1)
         given = known[:, row, column]
         codes[:, row, column] = np.where(given >= 0, given, drawn)
     return codes
 
 
-@pytest.mark.parametrize("told, known, temperature", [("all", 0, 1.0), ("all", 1 / 3, 0.7), ("nothing", 1 / 3, 1.0)])
-def test_sampler_draws_what_a_naive_one_draws(told, known, temperature, model):
+@pytest.mark.parametrize("given, known, temperature", [("all", 0, 1.0), ("all", 1 / 3, 0.7), ("none", 1 / 3, 1.0)])
+def test_sampler_draws_what_a_naive_one_draws(given, known, temperature, model):
     """Of the codes a share is known; two pictures have the same stream."""
     known = np.where(np.random.default_rng(1).random((9, 4, 6)) < known, random_codes((4, 6), 9), -1).astype("int32")
-    if told == "nothing":
-        model, told = make_pixelcnn((4, 6), **PLAIN), {}
-    else:
-        told = told_everything((4, 6))
-    codes = draw_naively(model, known, 11, temperature, told)
-    options = {"known": known, "streams": STREAMS, **told}
+    model, conditions = (model, all_conditions((4, 6))) if given == "all" else (make_pixelcnn((4, 6), **PLAIN), {})
+    codes = draw_naively(model, known, 11, temperature, conditions)
+    options = {"known": known, "streams": STREAMS, **conditions}
     np.testing.assert_array_equal(model.sample(9, 11, temperature, **options), codes)
     assert (model.sample(9, 12, temperature, **options).numpy() != codes).mean() > 0.1
     assert (model.sample(9, 11, temperature + 1, **options).numpy() != codes).any()
@@ -367,9 +366,9 @@ SPOILED = {
 def test_control_a_network_that_forgets_earlier_positions_draws_other_codes(part, model, monkeypatch):
     owner, call = SPOILED[part]
     monkeypatch.setattr(owner, "call", call)
-    known, told = np.full((9, 4, 6), -1, "int32"), told_everything((4, 6))
-    codes = draw_naively(model, known, 11, 1.0, told)
-    assert (model.sample(9, 11, streams=STREAMS, **told).numpy() != codes).any()
+    known, conditions = np.full((9, 4, 6), -1, "int32"), all_conditions((4, 6))
+    codes = draw_naively(model, known, 11, 1.0, conditions)
+    assert (model.sample(9, 11, streams=STREAMS, **conditions).numpy() != codes).any()
 
 
 def test_draws_have_the_probabilities_of_the_logits():
@@ -391,13 +390,13 @@ def test_draws_have_the_probabilities_of_the_logits():
 
 
 def test_a_picture_is_that_of_its_stream_and_seed_however_many_there_are(model):
-    told = told_everything((4, 6))
-    first = model.sample(9, seed=1, **told).numpy()
+    conditions = all_conditions((4, 6))
+    first = model.sample(9, seed=1, **conditions).numpy()
     for streams in (range(4), [5, 0, 5, 3]):
-        some = {name: values[streams] for name, values in told.items()}
+        some = {name: values[streams] for name, values in conditions.items()}
         np.testing.assert_array_equal(model.sample(4, seed=1, streams=list(streams), **some), first[streams])
-    np.testing.assert_array_equal(model.sample(1, seed=1, **{name: v[:1] for name, v in told.items()}), first[:1])
-    assert (model.sample(9, seed=2, **told).numpy() != first).any(axis=(1, 2)).all()
+    np.testing.assert_array_equal(model.sample(1, seed=1, **{name: v[:1] for name, v in conditions.items()}), first[:1])
+    assert (model.sample(9, seed=2, **conditions).numpy() != first).any(axis=(1, 2)).all()
     many = model.sample(300, seed=1).numpy()  # more than a batch of `in_batches`
     assert len({picture.tobytes() for picture in many}) == 300
     np.testing.assert_array_equal(model.sample(3, seed=1, streams=[299, 0, 256]), many[[299, 0, 256]])
@@ -483,7 +482,7 @@ def test_a_stream_is_one_head_and_scores_of_an_unknown_label_are_unknown(model):
         assert (other != drawn[0]).all()
 
 
-def test_scores_are_drawn_where_labels_alone_are_told(model):
+def test_scores_are_drawn_where_labels_alone_are_given(model):
     drawn = model.draw_scores(LABELS, 1, STREAMS)
     samples = model.sample(9, 1, streams=STREAMS, labels=LABELS).numpy()
     np.testing.assert_array_equal(model.sample(9, 1, streams=STREAMS, labels=LABELS, scores=drawn), samples)
@@ -504,22 +503,22 @@ def test_a_residual_block_starts_as_what_passes_it_by():
 
 
 def test_labels_scores_and_slices_below_are_hidden_from_their_shares(monkeypatch):
-    """Each by itself: of 4,000 slices of which the same is told, how many are told of each of the eight choices."""
+    """Each by itself: of 4,000 slices with the same conditions, how many keep each of the eight subsets."""
     monkeypatch.setattr(modules.Conditioning, "SCORE_NOISE", 0.0)
-    model, count = make_pixelcnn((2, 2), residual_blocks=1, **EVERYTHING), 4000
-    told = {"labels": np.ones(1, "int32"), "scores": np.ones((1, 2), "float32"), "below": random_codes((2, 2), 1)}
+    model, count = make_pixelcnn((2, 2), residual_blocks=1, **CONDITIONS), 4000
+    conditions = {"labels": np.ones(1, "int32"), "scores": np.ones((1, 2), "float32"), "below": random_codes((2, 2), 1)}
     shares = {"labels": 0.1, "scores": 0.5, "below": 0.5}
     maps, expected = [], []
     for hidden in itertools.product([False, True], repeat=3):
-        left = {name: values for (name, values), hide in zip(told.items(), hidden) if not hide}
+        left = {name: values for (name, values), hide in zip(conditions.items(), hidden) if not hide}
         maps.append(model.conditioning(**{**model.conditioning.unknown(1), **left}).numpy().ravel())
         expected.append(np.prod([share if hide else 1 - share for share, hide in zip(shares.values(), hidden)]))
-    told = {name: np.repeat(values, count, axis=0) for name, values in told.items()}
+    conditions = {name: np.repeat(values, count, axis=0) for name, values in conditions.items()}
 
     def choices(training):
         """Which of `maps` each slice has."""
         seen = (
-            model.conditioning(**{**model.conditioning.unknown(count), **told}, training=training)
+            model.conditioning(**{**model.conditioning.unknown(count), **conditions}, training=training)
             .numpy()
             .reshape(count, -1)
         )
@@ -548,7 +547,7 @@ def test_scores_are_blurred_in_training_alone(monkeypatch):
 
 
 def examples_of(name, count):
-    """Examples of the models in MODELS: images; or codes, of which few differ from row to row, and all that is told."""
+    """Examples of the models in MODELS: images; or codes, of which few differ from row to row, and all conditions."""
     if name == "VQ-VAE":
         return blobs(count)
     rng = np.random.default_rng(1)
@@ -559,7 +558,7 @@ def examples_of(name, count):
 
 MODELS = {
     "VQ-VAE": lambda: tiny_vqvae(encoder_blocks=0),
-    "PixelCNN": lambda: modules.PixelCNN(6, (4, 4), 8, 1, context_filters=4, **EVERYTHING),
+    "PixelCNN": lambda: modules.PixelCNN(6, (4, 4), 8, 1, context_filters=4, **CONDITIONS),
 }
 
 
@@ -596,14 +595,14 @@ def test_steps_compiled_by_xla_give_the_same_losses(name, monkeypatch):
 
 def test_saved_models_reopen(tmp_path):
     """As they were; that a fresh process opens them too is seen by test_runs."""
-    vqvae, told = tiny_vqvae(), told_everything((4, 4))
-    pixelcnn = modules.PixelCNN(16, (4, 4), 8, 1, dropout=0.1, context_filters=4, **EVERYTHING)
-    with_scores(randomise(pixelcnn))
+    vqvae, conditions = tiny_vqvae(), all_conditions((4, 4))
+    pixelcnn = modules.PixelCNN(16, (4, 4), 8, 1, dropout=0.1, context_filters=4, **CONDITIONS)
+    randomise(pixelcnn).head_scores.fit(blobs(12, 4), np.arange(12) % 3, np.arange(12) // 3)
     vqvae(blobs(), training=True)  # moves the codebook
 
     def made_by(vqvae, pixelcnn):
-        codes = pixelcnn.sample(9, seed=5, labels=told["labels"], below=told["below"])
-        return codes, vqvae.decode(codes), pixelcnn({"codes": codes, **told})
+        codes, scores = pixelcnn.sample(9, seed=5, labels=LABELS), pixelcnn.head_scores.of(blobs(9, 4))
+        return codes, vqvae.decode(codes), pixelcnn({"codes": codes, **conditions}), scores
 
     for name, model in (("vqvae", vqvae), ("pixelcnn", pixelcnn)):
         model.save(tmp_path / f"{name}.keras")
@@ -623,17 +622,22 @@ REFUSED = [  # what is asked, and what the message has in it
     (lambda model: model.sample(1, seed=0, temperature=0.0), "temperature"),
     (lambda model: model.sample(2, seed=0, known=np.zeros((2, 6, 4), "int32")), "known"),
 ]
-WRONGLY_TOLD = [("labels", np.full(9, 99)), ("labels", np.full(9, -2)), ("labels", LABELS[:8])]
-WRONGLY_TOLD += [(name, np.zeros((9, 3), "float32")) for name in ("scores", "below", "changes")]
-for name, values in WRONGLY_TOLD:
-    REFUSED += [
-        (lambda model, told={name: values}: model({"codes": random_codes((4, 6), 9), **told}), f"{name} must"),
-        (lambda model, told={name: values}: model.nll(random_codes((4, 6), 9), **told), f"{name} must"),
-        (lambda model, told={name: values}: model.sample(9, seed=0, **told), f"{name} must"),
-    ]
 
 
 @pytest.mark.parametrize("ask, message", REFUSED)
 def test_what_cannot_be_is_refused(ask, message, model):
     with pytest.raises(ValueError, match=message):
         ask(model)
+
+
+WRONG = [("labels", np.full(9, 99)), ("labels", np.full(9, -2)), ("labels", LABELS[:8])]
+WRONG += [(name, np.zeros((9, 3), "float32")) for name in ("scores", "below", "changes")]
+
+
+@pytest.mark.parametrize("name, values", WRONG)
+def test_a_condition_of_another_shape_or_an_unknown_label_is_refused(name, values, model):
+    codes, wrong = random_codes((4, 6), 9), {name: values}
+    asks = model, lambda inputs: model.nll(**inputs), lambda inputs: model.sample(9, seed=0, **wrong)
+    for ask in asks:
+        with pytest.raises(ValueError, match=f"{name} must"):
+            ask({"codes": codes, **wrong})
