@@ -19,7 +19,7 @@ def test_made_digits_are_binarised_learned_and_measured(tmp_path, monkeypatch, c
     for name, count in (("train", 80), ("t10k", 48)):
         content = bytes(16) + np.repeat(digit[None], count, axis=0).tobytes()
         (tmp_path / f"{name}-images-idx3-ubyte").write_bytes(content)
-    for name, value in {"VALIDATE": 16, "BATCH_SIZE": 4, "LEARNING_RATE": 1e-2}.items():
+    for name, value in {"VALIDATE": 16, "BATCH_SIZE": 8, "LEARNING_RATE": 3e-2}.items():
         monkeypatch.setattr(mnist, name, value)
     monkeypatch.setattr(modules, "PixelCNN", functools.partial(modules.PixelCNN, residual_blocks=1))
     train, validate, test = mnist.binarised_mnist(tmp_path)
@@ -29,7 +29,7 @@ def test_made_digits_are_binarised_learned_and_measured(tmp_path, monkeypatch, c
     np.testing.assert_array_equal(mnist.binarised_mnist(tmp_path)[2], test)  # one draw for all runs
 
     picture = tmp_path / "mnist.png"
-    arguments = ["--data", tmp_path, "--epochs", 4, "--filters", 8, "--picture", picture]
+    arguments = ["--data", tmp_path, "--epochs", 3, "--filters", 8, "--picture", picture]
     assert mnist.main(list(map(str, arguments))) == 0
     printed = re.search(r"test: (\S+) \+- (\S+) nats an image, 48 images", capsys.readouterr().out)
     nats, error = map(float, printed.groups())
