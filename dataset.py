@@ -582,8 +582,8 @@ def write_table(path, header, rows):
     write_whole(path, write)
 
 
-def write_figure(path, figure, dpi=100):
-    write_whole(path, lambda temporary: figure.savefig(temporary, dpi=dpi, format="png"))
+def write_figure(path, figure):
+    write_whole(path, lambda temporary: figure.savefig(temporary, dpi=85, format="png"))
 
 
 def verbosity():

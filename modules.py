@@ -239,7 +239,7 @@ class VectorQuantizer(layers.Layer):
         self.ema_steps.assign(self.ema_steps + 1)
 
 
-def residual(x, filters):
+def add_residual(x, filters):
     """x + Conv1x1(ReLU(Conv3x3(ReLU(x)))) [1, section 4.1]."""
     h = layers.Conv2D(filters, 3, padding="same", activation="relu")(layers.ReLU()(x))
     return layers.Add()([x, layers.Conv2D(filters, 1)(h)])
@@ -251,7 +251,7 @@ def build_encoder(image_size, embedding_dim, filters, kernel_size, residual_bloc
     for width in filters:
         x = layers.Conv2D(width, kernel_size, strides=2, padding="same", activation="relu")(x)
     for _ in range(residual_blocks):
-        x = residual(x, filters[-1])
+        x = add_residual(x, filters[-1])
     return keras.Model(images, layers.Conv2D(embedding_dim, 1)(x), name="encoder")
 
 
@@ -264,7 +264,7 @@ def build_decoder(image_size, embedding_dim, filters, kernel_size, residual_bloc
         width = widths.pop(0)
         x = layers.Conv2D(width, 3, padding="same")(x)
         for _ in range(residual_blocks):
-            x = residual(x, width)
+            x = add_residual(x, width)
         x = layers.ReLU()(x)
     for width in widths:
         x = layers.Conv2DTranspose(width, kernel_size, strides=2, padding="same", activation="relu")(x)
@@ -954,7 +954,8 @@ class PixelCNN(SavesItsArguments, keras.Model):
     #         codes[position] = the known code, or else a draw from Categorical(logits)
     #
     # But of the network only what is new is computed [5]: the column of features at this position. What the masked
-    # convolutions see of earlier positions is read from a cache, and the row contexts have running sums.
+    # convolutions see of earlier positions is read from a cache, and the row contexts have running sums. Of a block it
+    # needs `masked`, its one 3x3 convolution of type B, and `step`.
 
     @tf.function(  # a batch of 1 that is known to be 1 would give the loop's variables shapes that change
         input_signature=[tf.TensorSpec((None, None, None, None))]
@@ -968,7 +969,7 @@ class PixelCNN(SavesItsArguments, keras.Model):
         rows = tf.reshape(self.first.padded_kernel(), (-1, self.filters))
         # The inputs of the masked 3x3 convolutions, (blocks, N, C / 2) a position, in this row and the one above,
         # which take turns. Both ends of a row stay zeros.
-        zeros = tf.zeros((2 * (width + 2), len(self.blocks), count, self.filters // 2))
+        zeros = tf.zeros((2 * (width + 2), len(self.blocks), count, self.blocks[0].masked.kernel.shape[1]))
         cache = tf.TensorArray(tf.float32, 2 * (width + 2), clear_after_read=False).unstack(zeros)
         kernels = [tf.stack([block.masked.kernel[tap] for block in self.blocks]) for tap in range(4)]
         biases = tf.stack([tf.convert_to_tensor(block.masked.bias) for block in self.blocks])[:, None]

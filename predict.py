@@ -298,10 +298,6 @@ def picture_grid(title, rows, size=1.3):
     return figure
 
 
-def save(figure, path):
-    dataset.write_figure(path, figure, dpi=85)
-
-
 def evenly(count, total):
     """`count` indices spread over range(total), chosen by nothing but their place."""
     return np.linspace(0, total - 1, min(count, total)).round().astype(int)
@@ -314,7 +310,7 @@ def draw_reconstructions(path, test, reconstructed, num_embeddings, kind):
     rows = [(f"test {kind}", test.images[chosen], None), ("reconstruction", reconstructed[chosen], captions)]
     rows.append(("codes", codes, None))
     title = f"{len(chosen)} of {len(test.images)} test {kind}s, evenly spaced, not selected"
-    save(picture_grid(title, rows, 1.5), path)
+    dataset.write_figure(path, picture_grid(title, rows, 1.5))
 
 
 def pictured(slice_numbers, rows=3, columns=8):
@@ -340,7 +336,7 @@ def draw_samples(path, novel, nearest, similarity, kind, options):
         f"Novel {kind}s, not selected: {chosen.size} of {len(novel.images)}, seed {options.seed}, "
         f"temperature {options.temperature}. Under each its nearest training {kind} and their SSIM"
     )
-    save(picture_grid(title, rows), path)
+    dataset.write_figure(path, picture_grid(title, rows))
 
 
 def draw_completions(path, vqvae, pixelcnn, test, kind, options):
@@ -363,7 +359,7 @@ def draw_completions(path, vqvae, pixelcnn, test, kind, options):
     border = test.images.shape[1] * kept / known.shape[1] - 0.5
     for axis in figure.axes[len(chosen) :]:
         axis.axhline(border, color="tab:orange", linewidth=0.8)
-    save(figure, path)
+    dataset.write_figure(path, figure)
 
 
 def draw_head_cuts(path, heads, slice_numbers, test, kind, options):
@@ -381,7 +377,7 @@ def draw_head_cuts(path, heads, slice_numbers, test, kind, options):
         f"Whole novel heads, not selected: the first {count} of {len(heads)}, seed {options.seed}, "
         f"temperature {options.temperature}" + ("; and the first test head" if len(real) else "")
     )
-    save(picture_grid(title, rows), path)
+    dataset.write_figure(path, picture_grid(title, rows))
 
 
 # ---- A run, and what is drawn from it ------------------------------------------------
@@ -434,7 +430,7 @@ def check_asked(options, pixelcnn):
 
 def decode(vqvae, codes):
     """Codes int32 (N, h, w) -> float32 (N, H, W) in [0, 1]."""
-    return vqvae.decode(codes).numpy()[..., 0]
+    return vqvae.decode(codes, dataset.verbosity()).numpy()[..., 0]
 
 
 def encode_split(split, vqvae, pixelcnn):

@@ -130,7 +130,7 @@ def bench_parts(settings):
     model = train.make_pixelcnn(settings)
     first, masked = model.first, model.blocks[0].masked
     codes = tf.random.uniform((BATCH, *model.grid), maxval=first.num_embeddings, dtype=tf.int32)
-    x = tf.random.normal((BATCH, *model.grid, masked.filters))
+    x = tf.random.normal((BATCH, *model.grid, masked.kernel.shape[1]))
     images, others = tf.random.uniform((2, BATCH, settings.image_size, settings.image_size, 1))
 
     def plain(layer, inputs):
