@@ -608,9 +608,10 @@ def number(kind, low, high):
     """A number on the command line, int or float, from low to high."""
 
     def parse(text):
-        if not low <= kind(text) <= high:
+        value = kind(text)
+        if not low <= value <= high:
             raise argparse.ArgumentTypeError(f"must be from {low} to {high}, not {text}")
-        return kind(text)
+        return value
 
     parse.__name__ = kind.__name__  # in the message of argparse, where it is no number
     return parse

@@ -692,8 +692,8 @@ class Conditioning(layers.Layer):
     """All that is known of a slice beside its codes, as one map: the location dependent term of [3, section 2.3].
 
     Each number is multiplied by a learned map (h, w, C), and the maps are added. A constant 1 among the numbers gives a
-    learned vector for each position. The codes of the slice below go through two convolutions. In training each
-    condition is hidden from a share of the slices, so that the network does without it too.
+    learned vector for each position. The codes of the slice below go through two convolutions. In training labels,
+    scores and the slice below are each hidden from a share of the slices, so that the network does without them too.
 
     Args:
         grid, filters: (h, w), C of the map.

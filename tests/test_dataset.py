@@ -10,6 +10,7 @@ import sys
 import warnings
 
 import dataset
+import modules
 
 import numpy as np
 import pytest
@@ -289,6 +290,14 @@ def test_no_change_changes_nothing_and_growth_is_of_lengths():
     noise = np.random.default_rng(0).integers(0, 256, (64, 64), "uint8")
     np.testing.assert_array_equal(changed(noise, 0, 0, 0, 0, 0), noise)
     assert changed(disc(), 0, 0, 0, 0.5, 0).sum() / disc().sum() == pytest.approx(1.5**2, rel=0.01)
+
+
+def test_the_slice_below_is_that_of_the_next_lower_label_in_the_same_head():
+    """Labels are places among the numbers that train has: of 0, 2 and 4 the slice below 2 is 0."""
+    cases = np.array([-1, 3, 3, 3, 7, 7, 7, 8])
+    labels = modules.labels_of([-1, 0, 2, 4, 0, 3, 4, 4], [0, 2, 4])
+    assert labels.tolist() == [-1, 0, 1, 2, 0, -1, 2, 2]
+    assert dataset.slices_below(cases, labels).tolist() == [-1, -1, 1, 2, -1, -1, -1, -1]
 
 
 def numbered_batches(examples=12, seed=3, epochs=range(4)):

@@ -61,6 +61,9 @@ def test_models_are_float32_with_the_channels_last_whatever_keras_is_set_to(name
     with modules.keras_defaults():  # what is set inside is put back
         getattr(keras.config, f"set_{name}")(value)
         found = numbers()
+        left = getattr(keras.config, name)()
+        assert getattr(left, "name", left) == value  # the user's are left as they are
+        assert keras.config.dtype_policy().name == (value if name == "dtype_policy" else "float32")
     for ours, expected in zip(found, numbers()):
         assert ours.dtype == expected.dtype and ours.dtype in (tf.float32, tf.int32)
         np.testing.assert_allclose(ours, expected, atol=1e-5)

@@ -358,48 +358,18 @@ def test_every_condition_belongs_to_its_picture(phantoms, tmp_path):
 # ---- What one GPU does differently, on a CPU -----------------------------------------
 
 
-SMALL = (
-    "--image-size 16 --filters 4 8 --decoder-blocks 1 --pixelcnn-filters 4 --pixelcnn-blocks 1 --scores 2 --dropout 0 "
-    "--vqvae-learning-rate 0.01"
-)
-
-
-def make_both(flags=""):
-    """Both models with their optimizers, and examples for each: {name: (model, optimizer, examples)}."""
-    settings, _ = train.parse_arguments(f"{flags} {SMALL}".split())
-    rng, run = np.random.default_rng(0), train.Run(pathlib.Path("none"))
-    keras.utils.set_random_seed(0)
+@pytest.mark.parametrize("flags, compiled", [("", True), ("--original", False)])
+def test_a_card_can_fit_both_models(flags, compiled):
+    """XLA compiles the steps. No variable is int32: these stay on the host, where a compiled step cannot read them."""
+    small = "--image-size 16 --filters 4 8 --decoder-blocks 1 --pixelcnn-filters 4 --pixelcnn-blocks 1"
+    settings, _ = train.parse_arguments(f"{flags} {small}".split())
     vqvae = train.make_vqvae(settings)
-    pixelcnn = train.make_pixelcnn(settings, range(3) if settings.labels else (), below=settings.below)
-    codes = np.where(rng.random((48, *pixelcnn.grid)) < 0.7, 5, rng.integers(0, 16, (48, *pixelcnn.grid)))
-    conditions = {"codes": codes.astype(np.int32), **pixelcnn.conditioning.unknown(48)}
-    if settings.labels:
-        conditions["labels"] = rng.integers(0, 3, 48, np.int32)
-    models = {"vqvae": (vqvae, rng.random((48, 16, 16, 1), np.float32)), "pixelcnn": (pixelcnn, conditions)}
-    stages = {name: train.Stage(run, name, settings) for name in models}
-    return {name: (model, train.stage_optimizer(stages[name], 1), x) for name, (model, x) in models.items()}
-
-
-@pytest.mark.parametrize("name", ["vqvae", "pixelcnn"])
-def test_steps_compiled_by_xla_give_the_same_losses(name, monkeypatch):
-    """As Keras compiles them where there is one GPU. Random numbers are others there, so none are drawn."""
-    monkeypatch.setattr(modules.Conditioning, "HIDDEN", {"labels": 0, "scores": 0, "below": 0})
-    monkeypatch.setattr(modules.Conditioning, "SCORE_NOISE", 0.0)
-    losses = {}
-    for compiled in (False, True):
-        model, optimizer, examples = make_both()[name]
-        model.compile(optimizer, run_eagerly=not compiled, jit_compile=compiled)
-        batches = tf.data.Dataset.from_tensor_slices(examples).batch(16)
-        losses[compiled] = model.fit(batches, epochs=3, verbose=0, shuffle=False).history["loss"]
-    np.testing.assert_allclose(losses[True], losses[False], rtol=1e-3)
-    assert losses[False][-1] < 0.99 * losses[False][0]  # control: they learn, so that the losses move
-
-
-@pytest.mark.parametrize("flags", ["", "--original"])
-def test_no_variable_is_int32(flags):
-    """Those stay on the host of a GPU, where a step compiled by XLA cannot read them."""
-    for model, optimizer, _ in make_both(flags).values():
-        optimizer.build(model.trainable_variables)
-        model.compile(optimizer)
-        variables = model.variables + optimizer.variables + [v for m in model.metrics for v in m.variables]
-        assert {v.dtype for v in variables if "axes" not in v.path} <= {"int64", "float32"}
+    pixelcnn = train.make_pixelcnn(settings, range(32) if settings.labels else (), below=settings.below)
+    codes = {"codes": tf.zeros((2, *pixelcnn.grid), tf.int32), **pixelcnn.conditioning.unknown(2)}
+    for name, model, batch in (("vqvae", vqvae, tf.ones((2, 16, 16, 1))), ("pixelcnn", pixelcnn, codes)):
+        stage = train.Stage(train.Run(pathlib.Path("none")), name, settings)
+        model.compile(train.stage_optimizer(stage, steps_per_epoch=1), jit_compile=compiled, run_eagerly=not compiled)
+        assert np.isfinite(model.fit(batch, verbose=0).history["loss"]).all()
+        variables = model.variables + model.optimizer.variables + [v for m in model.metrics for v in m.variables]
+        others = {v.path.split("/")[-1]: v.dtype for v in variables if v.dtype not in ("int64", "float32")}
+        assert others == ({"axes": "float64"} if getattr(model, "num_scores", 0) else {})
