@@ -1,7 +1,4 @@
-"""What the tests share: slices, the scripts as a user calls them, and what they leave behind.
-
-They run on the CPU, also where there is a GPU.
-"""
+"""What the tests share: slices, the scripts as a user calls them, and what they leave behind."""
 
 import contextlib
 import csv
@@ -18,7 +15,7 @@ import pytest
 from PIL import Image
 
 # Before TensorFlow is imported, here and in the processes of the tests.
-os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
+os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # on the CPU, also where there is a GPU
 os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # what XLA compiles runs once or twice
 
 import dataset
@@ -124,38 +121,24 @@ def read_history(path):
         return [{name: float(row[name]) for name in row if name != "seconds"} for row in csv.DictReader(file)]
 
 
-# Lines on stderr that are not the message: the usage that argparse puts before an error.
-USAGE = re.compile(r"usage: |\s")
-
-
-def assert_refused(script, code, stderr, *expected):
-    """Exit code 2, and one line that begins with the script's name and has all that is expected in it: that line."""
-    lines = [line for line in stderr.splitlines() if not USAGE.match(line)]
-    assert code == 2 and "Traceback" not in stderr
-    assert len(lines) == 1 and lines[0].startswith(f"{script}.py: "), stderr
-    for words in expected:
-        assert words in lines[0]
-    return lines[0]
-
-
 @pytest.fixture
 def refuse(capsys, monkeypatch):
-    """Call the main() of a script, which must refuse its arguments as `assert_refused` says."""
+    """Call the main() of a script: exit code 2, and one line that begins with its name and has what is expected."""
 
     def check(script, arguments, *expected):
-        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py"])  # argparse begins its message with it
+        name = f"{script.__name__}.py"
+        monkeypatch.setattr(sys, "argv", [name])  # argparse begins its message with it
         capsys.readouterr()
         try:
             code = script.main([str(argument) for argument in arguments])
         except SystemExit as stop:
             code = stop.code
         printed = capsys.readouterr()
-        assert "done: " not in printed.out
-        return assert_refused(script.__name__, code, printed.err, *expected)
+        lines = [line for line in printed.err.splitlines() if not re.match(r"usage: |\s", line)]  # argparse's usage
+        assert code == 2 and "done: " not in printed.out and "Traceback" not in printed.err
+        assert len(lines) == 1 and lines[0].startswith(f"{name}: "), printed.err
+        for words in expected:
+            assert words in lines[0]
+        return lines[0]
 
     return check
-
-
-def cases(table):
-    """Rows of (name, ...) as parameters that pytest lists by their names."""
-    return [pytest.param(*rest, id=name) for name, *rest in table]

@@ -1,9 +1,10 @@
 """What a user can get wrong: each ends with one line that names the file or flag and the remedy."""
 
 import dataclasses
-import json
 import os
+import pathlib
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -17,42 +18,33 @@ import train
 import keras
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, assert_refused, cases, cut, eagerly, files_in, run_script, write_data, write_slices
+from conftest import ROOT, TINY, cut, eagerly, files_in, killed_before, write_data, write_slices
 from PIL import Image
-
-
-def damage(path):
-    """Change some bytes in the middle of a file, as a failing disk does."""
-    content = bytearray(path.read_bytes())
-    middle = slice(len(content) // 2, len(content) // 2 + 16)
-    content[middle] = bytes(byte ^ 0xFF for byte in content[middle])
-    path.write_bytes(content)
-
 
 # ---- Flags ---------------------------------------------------------------------------
 
-FLAGS = [
-    ("misspelt, train", train, "--vqvae-epohcs 3", "--vqvae-epohcs"),
-    ("abbreviated, predict", predict, "--temp 1", "--temp"),
-    ("a word that belongs to no flag", train, "keras_png_slices_data", "keras_png_slices_data"),
-    ("a switch with a value", train, "--mirror=yes", "--mirror"),
-    ("demo and data", train, "--demo --data here", "--demo", "--data", "leave out"),
-    ("half an epoch", train, "--vqvae-epochs 1.5", "--vqvae-epochs", "1.5"),
-    ("odd filters", train, "--pixelcnn-filters 63", "--pixelcnn-filters", "even", "63"),
-    ("too many halvings", train, "--filters 8 8 8 8 8 8 8", "--filters", "64", "7"),
-    ("temperature 0", predict, "--temperature 0", "--temperature", "from 0.01 to 100", "not 0"),
-    ("temperature nan", predict, "--temperature nan", "--temperature", "nan"),
-    ("one sample has no covariance", predict, "--num-samples 1", "--num-samples", "from 2", "not 1"),
-    ("no heads", predict, "--heads 0", "--heads", "from 1", "not 0"),
-    ("two slice numbers for all", predict, "--anomalies x --slice 1 2", "one number"),
-    ("anomalies and completions", predict, "--anomalies x --complete", "leave out"),
-    ("anomalies and heads", predict, "--anomalies x --heads 1", "leave out"),
-    ("anomalies and temperature", predict, "--anomalies x --temperature 2", "leave out"),
-    ("seed beyond int32", predict, f"--seed {2**31}", "--seed", "from 0 to"),
-]
+FLAGS = {
+    "misspelt, train": (train, "--vqvae-epohcs 3", "--vqvae-epohcs"),
+    "abbreviated, predict": (predict, "--temp 1", "--temp"),
+    "a word that belongs to no flag": (train, "keras_png_slices_data", "keras_png_slices_data"),
+    "a switch with a value": (train, "--mirror=yes", "--mirror"),
+    "demo and data": (train, "--demo --data here", "--demo", "--data", "leave out"),
+    "half an epoch": (train, "--vqvae-epochs 1.5", "--vqvae-epochs", "1.5"),
+    "odd filters": (train, "--pixelcnn-filters 63", "--pixelcnn-filters", "even", "63"),
+    "too many halvings": (train, "--filters 8 8 8 8 8 8 8", "--filters", "64", "7"),
+    "temperature 0": (predict, "--temperature 0", "--temperature", "from 0.01 to 100", "not 0"),
+    "temperature nan": (predict, "--temperature nan", "--temperature", "nan"),
+    "one sample has no covariance": (predict, "--num-samples 1", "--num-samples", "from 2", "not 1"),
+    "no heads": (predict, "--heads 0", "--heads", "from 1", "not 0"),
+    "two slice numbers for all": (predict, "--anomalies x --slice 1 2", "one number"),
+    "anomalies and completions": (predict, "--anomalies x --complete", "leave out"),
+    "anomalies and heads": (predict, "--anomalies x --heads 1", "leave out"),
+    "anomalies and temperature": (predict, "--anomalies x --temperature 2", "leave out"),
+    "seed beyond int32": (predict, f"--seed {2**31}", "--seed", "from 0 to"),
+}
 
 
-@pytest.mark.parametrize("row", cases([(name, row) for name, *row in FLAGS]))
+@pytest.mark.parametrize("row", FLAGS.values(), ids=FLAGS)
 def test_a_wrong_flag_is_refused(row, refuse):
     script, arguments, *expected = row
     refuse(script, arguments.split(), *expected)
@@ -71,64 +63,172 @@ def test_every_number_of_the_settings_has_a_range(field, refuse):
         refuse(train, [flag, value], flag, value)
 
 
-# ---- Data ----------------------------------------------------------------------------
+# ---- Data, and the run directory -----------------------------------------------------
+
+SETTINGS, _ = train.parse_arguments(TINY)
 
 
-def split_folder(data, name="train"):
-    return data / f"keras_png_slices_{name}"
+def arguments(script, place):
+    """Of train.py or predict.py, for a place: a folder with slices in data, and a run of them in run."""
+    return ["--data", f"{place}/data", "--run", f"{place}/run", *(TINY if script is train else [])]
 
 
-def first_slice(data, name="train"):
-    return min(split_folder(data, name).iterdir())
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory):
+    """A place without a run."""
+    place = tmp_path_factory.mktemp("fresh")
+    write_data(place / "data", train=[1, 2], validate=[402], test=[441])
+    return place
 
 
-def empty(folder):
-    shutil.rmtree(folder)
-    folder.mkdir()
+@pytest.fixture(scope="module")
+def stopped(fresh, tmp_path_factory):
+    """A place where training was killed when the VQ-VAE was about to be finished."""
+    place = shutil.copytree(fresh, tmp_path_factory.mktemp("stopped") / "place")
+    with eagerly(), killed_before("replace", "vqvae.keras"):
+        train.main(arguments(train, place))
+    assert files_in(place / "run") == ["config.json", "vqvae_history.csv", "vqvae_last.npz", "vqvae_loss.png"]
+    return place
 
 
-def leave_one_subject(data):
-    shutil.rmtree(split_folder(data, "validate"))
-    for path in split_folder(data).glob("*_002_*"):
+@pytest.fixture(scope="module")
+def trained(fresh, tmp_path_factory):
+    """A place whose run has both models, as far as the scripts look before they train or measure."""
+    place = shutil.copytree(fresh, tmp_path_factory.mktemp("trained") / "place")
+    run = train.Run(place / "run")
+    run.folder.mkdir()
+    run.start(SETTINGS, place / "data", dataset.fingerprint(dataset.load(place / "data")), False)
+    run.finish("vqvae", train.make_vqvae(SETTINGS), {})
+    finish_pixelcnn(run.folder, train.make_pixelcnn(SETTINGS, range(2), below=True))
+    return place
+
+
+def finish_pixelcnn(folder, model):
+    """As if it had been fitted on the codes of the VQ-VAE that is there."""
+    run = train.Run(folder)
+    run.finish("pixelcnn", model, {"vqvae": run.config["finished"]["vqvae"]["sha256"]})
+
+
+def later_version(run):
+    """A PixelCNN of whose class an argument is not known here."""
+    get_config = modules.PixelCNN.get_config
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(modules.PixelCNN, "get_config", lambda model: {**get_config(model), "wings": 2})
+        finish_pixelcnn(run, modules.PixelCNN(4, (2, 2), filters=2, residual_blocks=1))
+
+
+def another_vqvae(run):
+    """Another VQ-VAE, with a checksum that says it belongs here."""
+    train.Run(run).finish("vqvae", train.make_vqvae(SETTINGS, data_variance=2.0), {})
+
+
+def damage(path):
+    """Change some bytes in the middle of a file, as a failing disk does."""
+    content = bytearray(path.read_bytes())
+    for i in range(len(content) // 2, len(content) // 2 + 16):
+        content[i] ^= 0xFF
+    path.write_bytes(content)
+
+
+def make_folder(path):
+    """An empty one, in the place of a folder or a file, which then can be neither read nor removed."""
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    path.mkdir()
+
+
+def without(word):
+    """An object of that name in a JSON file."""
+    return lambda path: path.write_text(path.read_text().replace(f'"{word}": {{', '"other": {'))
+
+
+def leave_one(folder):
+    """A slice, for the Frechet distance needs a covariance."""
+    for path in sorted(folder.iterdir())[1:]:
         path.unlink()
 
 
-def copy_to_test(data):
-    """With more zeros in front of its number."""
-    shutil.copy(first_slice(data), split_folder(data, "test") / "case_00001_slice_0.png")
+TRAIN, VALIDATE, TEST = (f"data/keras_png_slices_{split}" for split in dataset.SPLITS)
+FIRST, SLICE = f"{TRAIN}/case_001_slice_0.nii.png", f"{TEST}/case_441_slice_0.nii.png"
+AGAIN = f"{TEST}/case_00001_slice_0.png"
+CONFIG, LAST, VQVAE, PIXELCNN = "run/config.json", "run/vqvae_last.npz", "run/vqvae.keras", "run/pixelcnn.keras"
+BROKEN, NOT_THE_MODEL = ("{path} is broken", "delete it"), ("{path} is not the model", "restore", "another --run")
+OTHER_DATA = ("{run}", "another --run", "restore")
+# A script, a place, a file or folder in it, what is done to that, and what the message must then have in it.
+REFUSED = {
+    "no folder": (train, "fresh", "data", shutil.rmtree, "{path}: no such folder", "unzipped"),
+    "a file": (train, "fresh", "data", lambda p: [shutil.rmtree(p), p.write_bytes(b"PK")], "{path}", "unzipped"),
+    "an empty folder": (train, "fresh", "data", make_folder, "{path}", "keras_png_slices_train", "unzip"),
+    "no test folder": (train, "fresh", TEST, shutil.rmtree, "{data}", "keras_png_slices_test", "unzip"),
+    "empty validate folder": (train, "fresh", VALIDATE, make_folder, "{path}", "seg_", "unzip"),
+    "damaged PNG": (train, "fresh", FIRST, damage, "1 unreadable", "{path}", "restore or delete"),
+    "link to nothing": (train, "fresh", f"{TRAIN}/a.png", lambda p: p.symlink_to("gone"), "1 unreadable", "{path}"),
+    "in two splits": (train, "fresh", AGAIN, Image.new("L", (8, 8)).save, "case_001", "train and test", "remove"),
+    "one subject and no validate folder": (
+        *(train, "fresh", "data", lambda p: [shutil.rmtree(p), write_data(p, train=[1], test=[441])]),
+        *("one subject", "validate", "add"),
+    ),
+    "train in a file": (train, "fresh", "run", pathlib.Path.touch, "{path} cannot be written", "File exists", "mend"),
+    "a file for a run": (predict, "fresh", "run", pathlib.Path.touch, "--run {path}", "train.py"),
+    "an earlier version": (train, "stopped", CONFIG, without("finished"), "{path} is broken"),
+    "a slice less": (train, "stopped", SLICE, os.unlink, "other test", *OTHER_DATA),
+    "a slice renamed": (train, "stopped", SLICE, lambda p: p.rename(f"{p}.png"), "other test", *OTHER_DATA),
+    "a slice changed": (train, "stopped", FIRST, Image.new("L", (8, 8)).save, "other train", *OTHER_DATA),
+    "arrays cut": (train, "stopped", LAST, cut, *BROKEN),
+    "arrays damaged": (train, "stopped", LAST, damage, *BROKEN),
+    "arrays without bytes": (train, "stopped", LAST, lambda p: cut(p, 0), *BROKEN),
+    "an array less": (train, "stopped", LAST, lambda p: np.savez(p, **dict([*np.load(p).items()][:-1])), *BROKEN),
+    "another shape": (train, "stopped", LAST, lambda p: np.savez(p, **{**np.load(p), "last1": np.zeros(7)}), *BROKEN),
+    "no config.json": (train, "trained", CONFIG, os.unlink, "{run}", ".keras", "config.json", "another --run"),
+    "no VQ-VAE": (train, "trained", VQVAE, os.unlink, *NOT_THE_MODEL),
+    "damaged VQ-VAE": (train, "trained", VQVAE, damage, *NOT_THE_MODEL),
+    "no run": (predict, "trained", "run", shutil.rmtree, "{path}: no run", "python train.py --run {path}"),
+    "half of it": (predict, "trained", CONFIG, without("pixelcnn"), "{run}", "not finished", "again"),
+    "cut PixelCNN": (predict, "trained", PIXELCNN, cut, *NOT_THE_MODEL),
+    "later version": (predict, "trained", "run", later_version, "{path}/pixelcnn.keras is of another version", "wings"),
+    "config.json cut": (predict, "trained", CONFIG, cut, "{path} is", "delete"),
+    "another VQ-VAE": (
+        predict,
+        "trained",
+        "run",
+        another_vqvae,
+        "{path}/pixelcnn",
+        "another vqvae.keras",
+        "another --run",
+    ),
+    "config.json a folder": (predict, "trained", CONFIG, make_folder, "{path}", "directory", "mend"),
+    "a model is a folder": (predict, "trained", VQVAE, make_folder, "{path}", "directory", "mend"),
+    "one training slice": (predict, "trained", TRAIN, leave_one, "keras_png_slices_train", "2", "add"),
+    "one test slice": (predict, "trained", TEST, leave_one, "keras_png_slices_test", "2", "add"),
+}
 
 
-# What is done to the data, and what the message must then have in it; {train} stands for the folder of that split.
-BAD_DATA = [
-    ("no folder", shutil.rmtree, "{data}", "no such folder", "unzipped"),
-    ("a file", lambda d: [shutil.rmtree(d), d.write_bytes(b"PK")], "{data}", "unzipped"),
-    ("an empty folder", empty, "{data}", "keras_png_slices_train", "unzip"),
-    ("no test folder", lambda d: shutil.rmtree(split_folder(d, "test")), "{data}", "keras_png_slices_test", "unzip"),
-    ("empty validate folder", lambda d: empty(split_folder(d, "validate")), "{validate}", "seg_", "unzip"),
-    ("damaged PNG", lambda d: damage(first_slice(d)), "1 unreadable", "{first}", "restore or delete"),
-    ("link to nothing", lambda d: (split_folder(d) / "a.png").symlink_to("gone"), "1 unreadable", "{train}/a.png"),
-    ("a subject in two splits", copy_to_test, "case_001", "train and test", "remove"),
-    ("one subject and no validate folder", leave_one_subject, "one subject", "validate", "add"),
-]
+def contents(place):
+    """Of all files and folders but the lock."""
+    return {path: path.is_file() and path.read_bytes() for path in place.rglob("*") if path.name != ".lock"}
 
 
-@pytest.mark.parametrize("row", cases([(name, row) for name, *row in BAD_DATA]))
-def test_bad_data_is_refused(row, data, refuse, tmp_path):
-    spoil, *expected = row
-    names = {"data": data, "first": first_slice(data), **{name: split_folder(data, name) for name in dataset.SPLITS}}
-    spoil(data)
-    arguments = ["--data", data, "--run", tmp_path / "run", *TINY]
-    refuse(train, arguments, *(words.format(**names) for words in expected))
-    assert not (tmp_path / "run").exists()  # no run was started
+@pytest.mark.parametrize("row", REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_trained_on_or_gone_on_with_or_measured_is_refused(row, request, refuse, tmp_path):
+    """And not a byte is changed, and no run started."""
+    script, kind, path, spoil, *expected = row
+    original = request.getfixturevalue(kind)
+    place = shutil.copytree(original, tmp_path / "place")
+    for config in place.glob("run/config.json"):  # would be written again, for the slices have moved
+        config.write_text(config.read_text().replace(str(original), str(place)))
+    spoil(place / path)
+    before = contents(place)
+    names = {"path": place / path, "data": place / "data", "run": place / "run"}
+    refuse(script, arguments(script, place), *(words.format(**names) for words in expected))
+    assert contents(place) == before
 
 
 def test_all_unreadable_files_are_counted_and_ten_named(data, refuse, tmp_path):
     """Twelve broken in four ways, PNGs and JPEGs, among as many whole ones."""
-    folder = split_folder(data)
+    folder = data / "keras_png_slices_train"
     endings = ["png"] * 6 + ["jpg"] * 6
     whole, broken = ([folder / f"case_{case:03d}_slice_{i}.{end}" for i, end in enumerate(endings)] for case in (1, 2))
     write_slices(folder, [path.name for path in whole + broken])
-    ways = cut, lambda p: cut(p, 0), lambda p: p.write_text("text"), lambda p: [p.unlink(), p.mkdir()]
+    ways = cut, lambda p: cut(p, 0), lambda p: p.write_text("text"), make_folder
     for i, path in enumerate(broken):
         ways[i % 4](path)
     ten = ", ".join(map(str, broken[:10]))
@@ -136,203 +236,27 @@ def test_all_unreadable_files_are_counted_and_ten_named(data, refuse, tmp_path):
     assert not any(str(path) in line for path in whole + broken[10:])
 
 
-# ---- The run directory ---------------------------------------------------------------
-
-
-@dataclasses.dataclass
-class Place:
-    """Slices and a run that was made of them; the arguments of each script that go with it."""
-
-    folder: os.PathLike
-
-    def __post_init__(self):
-        self.data, self.run = self.folder / "keras_png_slices_data", self.folder / "run"
-        self.arguments = {train: ["--data", self.data, "--run", self.run, *TINY], predict: ["--run", self.run]}
-
-
-@pytest.fixture(scope="module")
-def stopped(tmp_path_factory):
-    """A place where training was stopped in the second epoch of the VQ-VAE."""
-    place = Place(tmp_path_factory.mktemp("stopped"))
-    write_data(place.data, train=[1, 2], validate=[402], test=[441])
-    begin = train.Checkpoint.on_epoch_begin
-
-    def begin_or_stop(checkpoint, epoch, logs=None):
-        begin(checkpoint, epoch, logs)
-        if epoch == 1:
-            raise KeyboardInterrupt
-
-    with eagerly(), pytest.MonkeyPatch.context() as patched:
-        patched.setattr(train.Checkpoint, "on_epoch_begin", begin_or_stop)
-        assert train.main(list(map(str, place.arguments[train]))) == 130
-    assert files_in(place.run) == ["config.json", "vqvae_history.csv", "vqvae_last.npz"]
-    return place
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A place whose run has both models, as far as the scripts look before they train or measure."""
-    place = Place(tmp_path_factory.mktemp("trained"))
-    write_data(place.data, train=[1, 2], validate=[402], test=[441])
-    settings, _ = train.parse_arguments(list(map(str, place.arguments[train])))
-    place.run.mkdir()
-    train.Run(place.run).start(settings, place.data, dataset.fingerprint(dataset.load(place.data)), False)
-    finish_with(place, "vqvae", train.make_vqvae(settings))
-    finish_with(place, "pixelcnn", train.make_pixelcnn(settings, range(2), below=True))
-    return place
-
-
-def finish_with(place, name, model):
-    run = train.Run(place.run)
-    run.finish(name, model, {"vqvae": run.config["finished"]["vqvae"]["sha256"]} if name == "pixelcnn" else {})
-
-
-def copy_of(place, folder):
-    shutil.copytree(place.folder, folder)
-    return Place(folder)
-
-
-def edit_config(edit):
-    """Let a function change what config.json holds."""
-
-    def spoil(place):
-        path = place.run / "config.json"
-        config = json.loads(path.read_text())
-        edit(config)
-        path.write_text(json.dumps(config))
-
-    return spoil
-
-
-def edit_arrays(edit):
-    """Let a function change the arrays that a stopped training left."""
-
-    def spoil(place):
-        path = place.run / "vqvae_last.npz"
-        arrays = dict(np.load(path))
-        edit(arrays)
-        np.savez(path, **arrays)
-
-    return spoil
-
-
-def later_version(place):
-    """Of whose class an argument is not known here."""
-    get_config = modules.PixelCNN.get_config
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(modules.PixelCNN, "get_config", lambda model: {**get_config(model), "wings": 2})
-        finish_with(place, "pixelcnn", modules.PixelCNN(4, (2, 2), filters=2, residual_blocks=1))
-
-
-def unlink(name):
-    return lambda place: (place.run / name).unlink()
-
-
-def make_folder(name):
-    """In the place of a file, which then can be neither read nor removed."""
-    return lambda place: [(place.run / name).unlink(missing_ok=True), (place.run / name).mkdir()]
-
-
-def of_another_vqvae(place):
-    """Another VQ-VAE, with a checksum that says it belongs here."""
-    settings, _ = train.parse_arguments(list(map(str, place.arguments[train])))
-    finish_with(place, "vqvae", train.make_vqvae(settings, data_variance=2.0))
-
-
-def unfinish(name):
-    return edit_config(lambda config: config["finished"].pop(name))
-
-
-def rename(place):
-    first_slice(place.data, "test").rename(split_folder(place.data, "test") / "case_441_slice_9.nii.png")
-
-
-def leave_one(split):
-    """A slice, for the Frechet distance needs a covariance."""
-    return lambda place: [path.unlink() for path in sorted(split_folder(place.data, split).iterdir())[1:]]
-
-
-ANOTHER_MODEL = ("is not the model", "restore", "another --run")
-OTHER_DATA, DELETE = ("{run}", "another --run", "restore"), ("{run}/vqvae_last.npz is broken", "delete it")
-# A script, a place, what is done to it, and what the message must then have in it; {run} stands for the run.
-REFUSED = [
-    (train, "stopped", "an earlier version", edit_config(lambda c: c.pop("finished")), "{run}/config.json is broken"),
-    (train, "stopped", "a slice less", lambda p: first_slice(p.data, "test").unlink(), "other test", *OTHER_DATA),
-    (train, "stopped", "a slice renamed", rename, "other test", *OTHER_DATA),
-    (
-        *(train, "stopped", "a slice changed", lambda p: Image.new("L", (8, 8)).save(first_slice(p.data))),
-        *("other train", *OTHER_DATA),
-    ),
-    (train, "stopped", "arrays cut", lambda p: cut(p.run / "vqvae_last.npz"), *DELETE),
-    (train, "stopped", "arrays damaged", lambda p: damage(p.run / "vqvae_last.npz"), *DELETE),
-    (train, "stopped", "arrays without bytes", lambda p: cut(p.run / "vqvae_last.npz", 0), *DELETE),
-    (train, "stopped", "an array less", edit_arrays(lambda a: a.pop("best1")), *DELETE),
-    (train, "stopped", "of another shape", edit_arrays(lambda a: a.update(last1=np.zeros(7))), *DELETE),
-    (train, "trained", "no config.json", unlink("config.json"), "{run}", ".keras", "config.json", "another --run"),
-    (train, "trained", "no VQ-VAE", unlink("vqvae.keras"), "{run}/vqvae.keras", *ANOTHER_MODEL),
-    (train, "trained", "damaged VQ-VAE", lambda p: damage(p.run / "vqvae.keras"), "{run}/vqvae.keras", *ANOTHER_MODEL),
-    (predict, "trained", "not there", lambda p: shutil.rmtree(p.run), "{run}: no run", "python train.py --run {run}"),
-    (predict, "trained", "half of the PixelCNN", unfinish("pixelcnn"), "{run}", "not finished", "again"),
-    (predict, "trained", "cut PixelCNN", lambda p: cut(p.run / "pixelcnn.keras"), "{run}/pixelcnn", *ANOTHER_MODEL),
-    (predict, "trained", "later version", later_version, "{run}/pixelcnn.keras is of another version", "wings"),
-    (predict, "trained", "config.json cut", lambda p: cut(p.run / "config.json"), "{run}/config.json is", "delete"),
-    (predict, "trained", "another VQ-VAE", of_another_vqvae, "{run}/pixelcnn", "another vqvae.keras", "another --run"),
-    (predict, "trained", "config.json a folder", make_folder("config.json"), "{run}/config.json", "directory", "mend"),
-    (predict, "trained", "a model is a folder", make_folder("vqvae.keras"), "{run}/vqvae.keras", "directory", "mend"),
-    (predict, "trained", "one training slice", leave_one("train"), "keras_png_slices_train", "2", "add"),
-    (predict, "trained", "one test slice", leave_one("test"), "keras_png_slices_test", "2", "add"),
-]
-
-
-def contents(place):
-    """Of all files but the lock."""
-    return {path: path.read_bytes() for path in place.folder.rglob("[!.]*.*") if path.is_file()}
-
-
-@pytest.mark.parametrize("row", cases([(f"{row[1]}, {row[2]}", row) for row in REFUSED]))
-def test_a_run_that_cannot_go_on_or_be_measured_is_refused(row, request, refuse, tmp_path):
-    """And not a byte of it is changed."""
-    script, kind, _, spoil, *expected = row
-    place = copy_of(request.getfixturevalue(kind), tmp_path / "place")
-    edit_config(lambda config: config["data"].update(folder=str(place.data)))(place)
-    spoil(place)
-    before = contents(place)
-    refuse(script, place.arguments[script], *(words.format(run=place.run) for words in expected))
-    assert contents(place) == before
-
-
 @pytest.mark.parametrize("flags", ["--seed 1", "--filters 8 16", "--no-mirror"])
 def test_other_settings_are_refused_by_name(flags, stopped, refuse):
     flag = flags.split()[0].replace("--no-", "--")
-    refuse(train, [*stopped.arguments[train], *flags.split()], str(stopped.run), f"{flag} ", "choose another --run")
+    expected = f"{stopped}/run", f"{flag} ", "choose another --run"
+    refuse(train, [*arguments(train, stopped), *flags.split()], *expected)
 
 
-def test_a_run_that_is_a_file_or_in_one_is_refused(data, refuse, tmp_path):
-    run = tmp_path / "run"
-    run.write_text("a file")
-    refuse(train, ["--data", data, "--run", run], f"{run} cannot be written", "File exists", "mend")
-    refuse(train, ["--data", data, "--run", run / "inside"], f"{run / 'inside'} cannot be written", "mend")
-    refuse(predict, ["--run", run], f"--run {run}", "train.py")
+HOLD = "import filelock, sys, time; held = filelock.FileLock(sys.argv[1]).acquire(); print(flush=True); time.sleep(600)"
 
 
-HOLD_THE_RUN = """
-import pathlib, sys, time, train
-with train.Run(pathlib.Path(sys.argv[1])).one_writer():
-    print("here", flush=True)
-    time.sleep(600)
-"""
-
-
-def test_a_run_has_one_writer_and_one_that_was_killed_leaves_no_lock(trained, refuse, tmp_path, monkeypatch):
-    place = copy_of(trained, tmp_path / "place")
-    edit_config(lambda config: config["data"].update(folder=str(place.data)))(place)
-    command = [sys.executable, "-c", HOLD_THE_RUN, place.run]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout.readline() == "here\n"
+def test_a_run_has_one_writer_and_one_that_was_killed_leaves_no_lock(trained, refuse):
+    expected = f"--run {trained}/run is being written by another process", "wait"
+    with train.Run(trained / "run").one_writer():
         for script in (train, predict):
-            refuse(script, place.arguments[script], f"--run {place.run} is being written by another process", "wait")
+            refuse(script, arguments(script, trained), *expected)
+    command = [sys.executable, "-c", HOLD, trained / "run/.lock"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        refuse(train, arguments(train, trained), *expected)
         other.kill()
-    assert train.main(list(map(str, place.arguments[train]))) == 0  # finished, and free again
+    assert train.main(arguments(train, trained)) == 0  # finished, and free again
 
 
 def test_a_home_is_found_and_other_libraries_are_refused(refuse, tmp_path, monkeypatch):
@@ -345,16 +269,15 @@ def test_a_home_is_found_and_other_libraries_are_refused(refuse, tmp_path, monke
 
 def test_what_a_run_cannot_draw_is_refused(trained, refuse, tmp_path):
     """Before a slice is read: the data are gone, and else nothing is said of it."""
-    place = copy_of(trained, tmp_path / "place")
-    edit_config(lambda config: config["data"].update(folder="gone"))(place)
-    refuse(predict, ["--run", place.run], "gone: no such folder", "unzipped")  # control
+    run = shutil.copytree(trained / "run", tmp_path / "run")
+    gone = ["--run", run, "--data", "gone"]
+    refuse(predict, gone, "gone: no such folder", "unzipped")  # control
     for number in (2, -1):
-        refuse(predict, ["--run", place.run, "--slice", 1, number], f"--slice {number}", "slice numbers 0, 1")
-    refuse(predict, ["--run", place.run, "--slice", 0, 1], "gone: no such folder")  # control
-    settings, _ = train.parse_arguments([*TINY, "--no-below"])
-    finish_with(place, "pixelcnn", train.make_pixelcnn(settings))
-    refuse(predict, ["--run", place.run, "--slice", 0], "--slice 0", "no slice numbers")
-    refuse(predict, ["--run", place.run, "--heads", 1], "--heads", "without --no-below")
+        refuse(predict, [*gone, "--slice", 1, number], f"--slice {number}", "slice numbers 0, 1")
+    refuse(predict, [*gone, "--slice", 0, 1], "gone: no such folder")  # control
+    finish_pixelcnn(run, train.make_pixelcnn(SETTINGS))
+    refuse(predict, [*gone, "--slice", 0], "--slice 0", "no slice numbers")
+    refuse(predict, [*gone, "--heads", 1], "--heads", "without --no-below")
 
 
 # ---- As a user sees it ---------------------------------------------------------------
@@ -380,9 +303,11 @@ def test_a_suggested_command_can_be_pasted_whatever_the_folder_is_called(data, t
     assert suggested(capsys.readouterr().out) == ["predict.py", "--run", str(run)]
 
 
-def test_the_exit_code_and_the_line_of_a_real_process(refuse, tmp_path):
-    finished = run_script("train.py", "--data", "nowhere", cwd=tmp_path)
-    message = finished.stderr[finished.stderr.index("train.py: ") :]  # before it, TensorFlow says what it runs on
-    assert_refused("train", finished.returncode, message, "nowhere", "unzipped")
-    assert not list(tmp_path.iterdir())  # no empty run either
-    refuse(dataset, [tmp_path / "nowhere"], "nowhere", "unzipped")
+@pytest.mark.parametrize("call", ["train.py --data nowhere", "predict.py --run nowhere", "dataset.py nowhere"])
+def test_a_script_called_as_a_program_ends_with_exit_code_2_and_one_line(call, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", call.split())
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / sys.argv[0]), run_name="__main__")
+    assert stop.value.code == 2 and not list(tmp_path.iterdir())  # no empty run either
+    assert re.fullmatch(rf"{sys.argv[0]}: .*nowhere: no .*(unzipped|train\.py).*\n", capsys.readouterr().err)

@@ -8,7 +8,7 @@ import dataset
 import nibabel
 import numpy as np
 import pytest
-from conftest import assert_refused, cases, cut
+from conftest import cut
 from PIL import Image
 
 NAMES = [source.name for source in dataset.SOURCES]
@@ -137,34 +137,28 @@ def test_of_single_slices_the_highest_32_that_are_there_are_taken(arrays, tmp_pa
     np.testing.assert_allclose(middle, 255 / 60 * np.delete(levels, 50)[-32:], atol=2)
 
 
-def leave_31(path):
-    for other in sorted(path.parent.glob("*_0002_*"))[31:]:
-        other.unlink()
+BROKEN = {  # source, what is done to a file of the second head, what the message says
+    "a cut disc": (0, lambda path: cut(path.with_suffix(".img")), "cannot be read"),
+    "no image beside a header": (0, lambda path: path.with_suffix(".img").unlink(), "cannot be read"),
+    "a cut NIfTI": (1, cut, "cannot be read"),
+    "a cut JPEG": (2, cut, "mpr-1_160.jpg cannot be read"),
+    "few JPEGs": (2, lambda path: [p.unlink() for p in sorted(path.parent.glob("*_0002_*"))[31:]], "31 slices, not 32"),
+}
 
 
-BROKEN = [  # name, source, what is done to a file of the second head, what the message says
-    ("a cut disc", 0, lambda path: cut(path.with_suffix(".img")), "cannot be read"),
-    ("no image beside a header", 0, lambda path: path.with_suffix(".img").unlink(), "cannot be read"),
-    ("a cut NIfTI", 1, cut, "cannot be read"),
-    ("a cut JPEG", 2, cut, "mpr-1_160.jpg cannot be read"),
-    ("too few JPEGs", 2, leave_31, "31 slices, not 32"),
-]
-
-
-@pytest.mark.parametrize("kind, damage, message", cases(BROKEN))
-def test_a_broken_file_is_named_and_nothing_is_left(kind, damage, message, arrays, tmp_path, capsys):
+@pytest.mark.parametrize("kind, damage, message", BROKEN.values(), ids=BROKEN)
+def test_a_broken_file_is_named_and_nothing_is_left(kind, damage, message, arrays, tmp_path, refuse):
     damage([write(tmp_path / "oasis", kind, arrays[kind], case) for case in (1, 2, 3)][1])
-    code = dataset.main(["--from", str(tmp_path / "oasis"), str(tmp_path / "slices")])
-    assert_refused("dataset", code, capsys.readouterr().err, "OAS1_0002_MR1", message, "download it again")
+    arguments = ["--from", tmp_path / "oasis", tmp_path / "slices"]
+    refuse(dataset, arguments, "OAS1_0002_MR1", message, "download it again")
     assert [path.name for path in tmp_path.iterdir()] == ["oasis"]
 
 
-def test_what_else_is_refused(arrays, tmp_path, capsys, monkeypatch):
+def test_what_else_is_refused(arrays, tmp_path, refuse, capsys, monkeypatch):
     oasis, target = tmp_path / "oasis", tmp_path / "slices"
 
     def refused(*expected, folder=oasis, target=target):
-        code = dataset.main(["--from", str(folder), str(target)])
-        assert_refused("dataset", code, capsys.readouterr().err, *expected)
+        refuse(dataset, ["--from", folder, target], *expected)
         assert not list(tmp_path.rglob("*.p*"))  # no .partial, no .png
 
     refused("--from", "nowhere: no such folder", folder=tmp_path / "nowhere")

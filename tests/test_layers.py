@@ -9,44 +9,35 @@ import tensorflow as tf
 from keras.src import testing
 
 RNG = np.random.default_rng(0)
-CODES, FEATURES = RNG.integers(6, size=(2, 4, 6)).astype("int32"), RNG.normal(size=(2, 4, 6, 8)).astype("float32")
+CODES = {"input_data": RNG.integers(6, size=(2, 4, 6)).astype("int32")}
+FEATURES = {"input_data": RNG.normal(size=(2, 4, 6, 8)).astype("float32")}
+SHAPES = {"labels_shape": (2,), "scores_shape": (2, 2), "below_shape": (2, 4, 6), "changes_shape": (2, 2)}
+NAMED = {"input_shape": SHAPES, "input_dtype": dict(zip(SHAPES, ("int32", "float32", "int32", "float32")))}
+NAMED["run_training_check"] = False  # Keras has none for inputs with names
+QUANTIZER = {"num_embeddings": 7, "embedding_dim": 8}
+CONDITIONS = {"num_labels": 3, "num_scores": 2, "num_changes": 2, "below": True, "learned_position": True}
 LAYERS = {
-    "quantizer, moving average": (modules.VectorQuantizer, {"num_embeddings": 7, "embedding_dim": 8}, FEATURES),
-    "quantizer, by gradient": (
-        modules.VectorQuantizer,
-        {"num_embeddings": 7, "embedding_dim": 8, "ema_decay": None},
-        FEATURES,
-    ),
+    "quantizer, moving average": (modules.VectorQuantizer, QUANTIZER, FEATURES),
+    "quantizer, by gradient": (modules.VectorQuantizer, {**QUANTIZER, "ema_decay": None}, FEATURES),
     "mask A": (modules.MaskedConv2D, {"filters": 4, "kernel_size": 5, "mask_type": "A"}, FEATURES),
     "mask B": (modules.MaskedConv2D, {"filters": 4, "kernel_size": 3, "mask_type": "B"}, FEATURES),
     "mask A of codes": (modules.MaskedCodeConv2D, {"num_embeddings": 6, "filters": 4, "kernel_size": 7}, CODES),
     "residual block": (modules.ResidualBlock, {"filters": 8, "dropout": 0.1, "zero_init": False}, FEATURES),
     "row context": (modules.RowContext, {"filters": 4, "dropout": 0.1}, FEATURES),
+    "conditions": (modules.Conditioning, {"grid": (4, 6), "filters": 8, "num_embeddings": 64, **CONDITIONS}, NAMED),
 }
 
 
-@pytest.mark.parametrize("name", LAYERS)
-def test_a_layer_keeps_the_contract_of_keras(name):
+@pytest.mark.parametrize("layer, arguments, inputs", LAYERS.values(), ids=LAYERS)
+def test_a_layer_keeps_the_contract_of_keras(layer, arguments, inputs):
     """Its configuration, building, symbolic call, a step of training, and mixed precision."""
-    layer, arguments, inputs = LAYERS[name]
-    testing.TestCase().run_layer_test(layer, arguments, input_data=inputs, run_mixed_precision_check=True)
+    testing.TestCase().run_layer_test(layer, arguments, run_mixed_precision_check=True, **inputs)
 
 
-def test_conditioning_keeps_the_contract_of_keras():
-    """Its inputs have names, for which Keras's test has no training step."""
-    sizes = {"num_labels": 3, "num_scores": 2, "num_changes": 2, "below": True, "learned_position": True}
-    arguments = {"grid": (4, 6), "filters": 8, "num_embeddings": 64, **sizes}
-    shapes = {"labels_shape": (2,), "scores_shape": (2, 2), "below_shape": (2, 4, 6), "changes_shape": (2, 2)}
-    kinds = dict(zip(shapes, ("int32", "float32", "int32", "float32")))
-    testing.TestCase().run_layer_test(
-        modules.Conditioning, arguments, input_shape=shapes, input_dtype=kinds, run_training_check=False
-    )
+SET = {"dtype_policy": "mixed_float16", "floatx": "float64", "image_data_format": "channels_first"}
 
 
-@pytest.mark.parametrize(
-    "name, value",
-    [("dtype_policy", "mixed_float16"), ("floatx", "float64"), ("image_data_format", "channels_first")],
-)
+@pytest.mark.parametrize("name, value", SET.items())
 def test_models_are_float32_with_the_channels_last_whatever_keras_is_set_to(name, value):
     def numbers():
         keras.utils.set_random_seed(0)
