@@ -22,9 +22,8 @@ def run(phantoms, tmp_path_factory):
     """A tiny run whose prior is conditioned on the slice number alone, and has seen enough to know the levels."""
     run = tmp_path_factory.mktemp("anomalies") / "run"
     number_alone = "--scores 0 --no-below --augmentations 0 --context-filters 0 --dropout 0 --pixelcnn-blocks 1"
-    longer = f"{number_alone} --pixelcnn-epochs 15 --pixelcnn-batch-size 8"
-    arguments = ["--data", str(phantoms), "--run", str(run), *TINY, *longer.split()]
-    assert train.main(arguments) == 0
+    flags = f"{number_alone} --pixelcnn-epochs 15 --pixelcnn-batch-size 8".split()
+    assert train.main(["--data", str(phantoms), "--run", str(run), *TINY, *flags]) == 0
     return run
 
 
@@ -111,10 +110,9 @@ def test_a_picture_is_that_of_its_slice_whatever_was_drawn_before(tmp_path):
         found[name][:, 0, 0] = 1.5
 
     def pictures(chosen):
-        folder = tmp_path / f"{chosen}"
-        folder.mkdir()
-        predict.draw_anomalies(folder, names[chosen], {name: values[chosen] for name, values in found.items()}, "slice")
-        return [np.asarray(Image.open(folder / name)) for name in names[chosen]]
+        values = {name: values[chosen] for name, values in found.items()}
+        predict.draw_anomalies(tmp_path, names[chosen], values, "slice")
+        return [np.asarray(Image.open(tmp_path / name)) for name in names[chosen]]
 
     together = pictures([0, 1, 2])
     for i in range(3):
@@ -197,20 +195,15 @@ def test_a_changed_disk_stands_out(detector, slices):
 
 
 def test_wrong_folders_and_numbers_are_refused(run, mixed, refuse, tmp_path):
-    table = run / "anomalies" / "anomalies.csv"
+    table, command = run / "anomalies" / "anomalies.csv", ["--run", run, "--anomalies"]
     table.parent.mkdir(exist_ok=True)
     table.write_text("of before")
-    refuse(predict, ["--run", run, "--anomalies", tmp_path / "none"], "--anomalies", "none", "no such folder")
-    refuse(predict, ["--run", run, "--anomalies", tmp_path], str(tmp_path), "no slices in it", "another folder")
-    refuse(predict, ["--run", run, "--anomalies", table.parent], "would replace the slices", "another folder")
-    refuse(
-        predict,
-        ["--run", run, "--anomalies", mixed, "--slice", 32],
-        "--slice 32",
-        "this run has the slice numbers 0, 1, 2",
-    )
+    refuse(predict, [*command, tmp_path / "none"], "--anomalies", "none", "no such folder")
+    refuse(predict, [*command, tmp_path], str(tmp_path), "no slices in it", "another folder")
+    refuse(predict, [*command, table.parent], "would replace the slices", "another folder")
+    refuse(predict, [*command, mixed, "--slice", 32], "--slice 32", "this run has the slice numbers 0, 1, 2")
     cut(mixed / "a.png")
-    refuse(predict, ["--run", run, "--anomalies", mixed], "1 unreadable", "a.png")
+    refuse(predict, [*command, mixed], "1 unreadable", "a.png")
     assert table.read_text() == "of before"
 
 

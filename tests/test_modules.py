@@ -8,6 +8,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+import tensorflow_probability as tfp
 
 # All conditions of a PixelCNN; and a model without any.
 CONDITIONS = {"num_labels": 3, "num_scores": 2, "num_changes": 2, "below": True, "image_size": 4}
@@ -15,7 +16,7 @@ PLAIN = {"context_filters": 0, "learned_position": False}
 
 
 def randomise(layer, seed=0):
-    """Give every weight a value, also those that start at zero: a bug must not hide behind a zero."""
+    """Give a value to weights that start at zero too: a bug must not hide behind a zero."""
     rng = np.random.default_rng(seed)
     for weight in layer.trainable_weights:
         weight.assign(weight + rng.normal(0, 0.2, weight.shape))
@@ -148,17 +149,11 @@ def test_decode_of_encode_is_the_call_clipped_however_many_there_are():
 
 def test_ssim_and_its_gradient_are_those_of_tensorflow():
     images, others = tf.constant(blobs(5, 24)), tf.constant(blobs(5, 24, seed=1))
-
-    def both(function):
-        with tf.GradientTape() as tape:
-            tape.watch(others)
-            values = function(images, others)
-        return values, tape.gradient(values, others)
-
-    (ours, our_gradient), (theirs, their_gradient) = both(modules.ssim), both(lambda x, y: tf.image.ssim(x, y, 1.0))
-    np.testing.assert_allclose(ours, theirs, atol=1e-5)
-    np.testing.assert_allclose(our_gradient, their_gradient, atol=1e-5)
-    assert np.ptp(ours) > 0.01 and np.abs(our_gradient).max() > 1e-3
+    ours = tfp.math.value_and_gradient(lambda x: modules.ssim(images, x), others)
+    theirs = tfp.math.value_and_gradient(lambda x: tf.image.ssim(images, x, 1.0), others)
+    for found, expected in zip(ours, theirs):
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert np.ptp(ours[0]) > 0.01 and np.abs(ours[1]).max() > 1e-3
 
 
 def test_loss_has_the_terms_it_says():
@@ -224,24 +219,20 @@ def expected_influence(grid, contexts):
     Of the rows above, the convolutions see one column a row further to the right, and two more by the first layer.
     A context sees the features of whole rows, of which none has seen the code at its own position.
     """
-    seen = np.zeros((*grid, *grid), bool)
-    for row, column, at_row, at_column in np.ndindex(*grid, *grid):
-        above = at_row - row
-        by_convolutions = column < at_column if above == 0 else above > 0 and column <= at_column + above + 2
-        by_contexts = contexts and row * grid[1] + column < at_row * grid[1] - 1
-        seen[row, column, at_row, at_column] = by_convolutions or by_contexts
-    return seen.reshape((np.prod(grid),) * 2)
+    row, column, at_row, at_column = np.indices((*grid, *grid))
+    above = at_row - row
+    by_convolutions = np.where(above == 0, column < at_column, (above > 0) & (column <= at_column + above + 2))
+    by_contexts = contexts & (row * grid[1] + column < at_row * grid[1] - 1)
+    return (by_convolutions | by_contexts).reshape((np.prod(grid),) * 2)
 
 
 @pytest.mark.parametrize("contexts", [True, False])
 def test_logits_depend_on_earlier_codes_alone_and_on_all_but_the_blind_spot(contexts, grid=(4, 9)):
     model = make_pixelcnn(grid, filters=16, context_filters=4 * contexts, **CONDITIONS)
-    conditions = {name: values[1:2] for name, values in all_conditions(grid).items()}
 
     def logits(codes):
-        return model(
-            {"codes": codes, **{name: np.repeat(values, len(codes), axis=0) for name, values in conditions.items()}}
-        )
+        conditions = {name: np.repeat(values[1:2], len(codes), axis=0) for name, values in all_conditions(grid).items()}
+        return model({"codes": codes, **conditions})
 
     expected = expected_influence(grid, contexts)
     assert not np.tril(expected).any()
@@ -270,16 +261,12 @@ def all_conditions(grid):
     return {"labels": LABELS, "scores": scores, "below": below, "changes": changes}
 
 
-def with_scores(model):
-    """Of ten made-up heads."""
-    model.head_scores.fit_gaussian(np.random.default_rng(0).normal(size=(10, 3, 2)))
-    return model
-
-
 @pytest.fixture(scope="module")
 def model():
-    """A PixelCNN with all conditions. Not to be changed by a test."""
-    return with_scores(make_pixelcnn((4, 6), filters=16, **CONDITIONS))
+    """A PixelCNN with all conditions, and scores of ten made-up heads. Not to be changed by a test."""
+    model = make_pixelcnn((4, 6), filters=16, **CONDITIONS)
+    model.head_scores.fit_gaussian(np.random.default_rng(0).normal(size=(10, 3, 2)))
+    return model
 
 
 @pytest.mark.parametrize("name", ["labels", "scores", "below", "changes"])
@@ -356,16 +343,15 @@ def test_sampler_draws_what_a_naive_one_draws(given, known, temperature, model):
     assert (model.sample(9, 11, temperature + 1, **options).numpy() != codes).any()
 
 
-SPOILED = {
-    "contexts": (modules.RowContext, lambda layer, x, training=False: x + layer.bias),
-    "blocks": (modules.MaskedConv2D, lambda layer, x: tf.matmul(x, layer.kernel[-1]) + layer.bias),
-}
+FORGETFUL = [
+    (modules.RowContext, lambda layer, x, training=False: x + layer.bias),
+    (modules.MaskedConv2D, lambda layer, x: tf.matmul(x, layer.kernel[-1]) + layer.bias),
+]
 
 
-@pytest.mark.parametrize("part", SPOILED)
-def test_control_a_network_that_forgets_earlier_positions_draws_other_codes(part, model, monkeypatch):
-    owner, call = SPOILED[part]
-    monkeypatch.setattr(owner, "call", call)
+@pytest.mark.parametrize("kind, call", FORGETFUL)
+def test_control_a_network_that_forgets_earlier_positions_draws_other_codes(kind, call, model, monkeypatch):
+    monkeypatch.setattr(kind, "call", call)
     known, conditions = np.full((9, 4, 6), -1, "int32"), all_conditions((4, 6))
     codes = draw_naively(model, known, 11, 1.0, conditions)
     assert (model.sample(9, 11, streams=STREAMS, **conditions).numpy() != codes).any()
@@ -403,13 +389,6 @@ def test_a_picture_is_that_of_its_stream_and_seed_however_many_there_are(model):
     assert model.draw.experimental_get_tracing_count() == 1  # another N or seed does not trace the graph again
 
 
-def heads_of_scores(count):
-    """Scores of heads of three slices, (count, 3, 2): what the slices of a head share, and what they do not."""
-    rng = np.random.default_rng(0)
-    shared, own = rng.normal(size=(count, 1, 2)), 0.5 * rng.normal(size=(count, 3, 2))
-    return shared + own + np.arange(6).reshape(3, 2)
-
-
 def draw_heads(table, count=20_000):
     """Scores of novel heads, (count, L, S), from the Gaussian of a table of heads."""
     scores = modules.HeadScores(*table.shape[1:], num_pixels=1)
@@ -419,8 +398,10 @@ def draw_heads(table, count=20_000):
 
 @pytest.mark.parametrize("heads", [4, 40, 400])
 def test_drawn_scores_have_the_mean_and_covariance_of_those_of_the_heads(heads):
-    """Also between a slice and its neighbours: a stream is one head."""
-    table = heads_of_scores(heads)
+    """Also between a slice and its neighbours: the three of a head share a part, and each has its own."""
+    rng = np.random.default_rng(0)
+    shared, own = rng.normal(size=(heads, 1, 2)), 0.5 * rng.normal(size=(heads, 3, 2))
+    table = shared + own + np.arange(6).reshape(3, 2)
     drawn, covariance = draw_heads(table), np.cov(table.reshape(heads, 6), rowvar=False)
     np.testing.assert_allclose(drawn.mean(axis=0), table.mean(axis=0), atol=0.06)
     np.testing.assert_allclose(np.cov(drawn.reshape(-1, 6), rowvar=False), covariance, atol=0.08)
@@ -502,6 +483,12 @@ def test_a_residual_block_starts_as_what_passes_it_by():
     assert (block(x, training=True) != block(x)).numpy().any()
 
 
+def condition_maps(model, count, training=False, **known):
+    """What `Conditioning` makes of what is known of so many slices, a row each."""
+    conditions = {**model.conditioning.unknown(count), **known}
+    return model.conditioning(**conditions, training=training).numpy().reshape(count, -1)
+
+
 def test_labels_scores_and_slices_below_are_hidden_from_their_shares(monkeypatch):
     """Each by itself: of 4,000 slices with the same conditions, how many keep each of the eight subsets."""
     monkeypatch.setattr(modules.Conditioning, "SCORE_NOISE", 0.0)
@@ -510,19 +497,14 @@ def test_labels_scores_and_slices_below_are_hidden_from_their_shares(monkeypatch
     shares = {"labels": 0.1, "scores": 0.5, "below": 0.5}
     maps, expected = [], []
     for hidden in itertools.product([False, True], repeat=3):
-        left = {name: values for (name, values), hide in zip(conditions.items(), hidden) if not hide}
-        maps.append(model.conditioning(**{**model.conditioning.unknown(1), **left}).numpy().ravel())
+        left = {name: conditions[name] for name, hide in zip(shares, hidden) if not hide}
+        maps.append(condition_maps(model, 1, **left)[0])
         expected.append(np.prod([share if hide else 1 - share for share, hide in zip(shares.values(), hidden)]))
     conditions = {name: np.repeat(values, count, axis=0) for name, values in conditions.items()}
 
     def choices(training):
         """Which of `maps` each slice has."""
-        seen = (
-            model.conditioning(**{**model.conditioning.unknown(count), **conditions}, training=training)
-            .numpy()
-            .reshape(count, -1)
-        )
-        distances = np.abs(seen[:, None] - maps).max(axis=-1)
+        distances = np.abs(condition_maps(model, count, training, **conditions)[:, None] - maps).max(axis=-1)
         assert (np.sort(distances, axis=1)[:, :2] < 1e-4).tolist() == [[True, False]] * count
         return distances.argmin(axis=1)
 
@@ -537,13 +519,10 @@ def test_scores_are_blurred_in_training_alone(monkeypatch):
     monkeypatch.setitem(modules.Conditioning.HIDDEN, "scores", 0.0)
     model = make_pixelcnn((2, 2), residual_blocks=1, num_labels=3, num_scores=2)
     zeros = np.zeros((4000, 2), "float32")
-    maps = {
-        training: model.conditioning(**{**model.conditioning.unknown(4000), "scores": zeros}, training=training).numpy()
-        for training in (False, True)
-    }
-    of_scores = model.conditioning.maps.numpy()[4:6]  # after a constant and three labels
-    np.testing.assert_allclose(maps[True].std(axis=0), 0.1 * np.linalg.norm(of_scores, axis=0), rtol=0.06)
-    assert (maps[False] == maps[False][0]).all()
+    plain, blurred = (condition_maps(model, 4000, training, scores=zeros) for training in (False, True))
+    of_scores = model.conditioning.maps.numpy()[4:6].reshape(2, -1)  # after a constant and three labels
+    np.testing.assert_allclose(blurred.std(axis=0), 0.1 * np.linalg.norm(of_scores, axis=0), rtol=0.06)
+    assert (plain == plain[0]).all()
 
 
 def examples_of(name, count):
@@ -605,9 +584,10 @@ def test_saved_models_reopen(tmp_path):
         scores = pixelcnn.head_scores.of(blobs(9, 4)), pixelcnn.draw_scores([0, 2], seed=1)
         return codes, vqvae.decode(codes), pixelcnn({"codes": codes, **conditions}), *scores
 
-    for name, model in (("vqvae", vqvae), ("pixelcnn", pixelcnn)):
-        model.save(tmp_path / f"{name}.keras")
-    reopened = [keras.saving.load_model(tmp_path / f"{name}.keras") for name in ("vqvae", "pixelcnn")]
+    reopened = []
+    for model in (vqvae, pixelcnn):
+        model.save(tmp_path / "model.keras")
+        reopened.append(keras.saving.load_model(tmp_path / "model.keras"))
     for ours, theirs in zip(made_by(vqvae, pixelcnn), made_by(*reopened)):
         np.testing.assert_array_equal(ours, theirs)
 
@@ -638,7 +618,6 @@ WRONG += [(name, np.zeros((9, 3), "float32")) for name in ("scores", "below", "c
 @pytest.mark.parametrize("name, values", WRONG)
 def test_a_condition_of_another_shape_or_an_unknown_label_is_refused(name, values, model):
     codes, wrong = random_codes((4, 6), 9), {name: values}
-    asks = model, lambda inputs: model.nll(**inputs), lambda inputs: model.sample(9, seed=0, **wrong)
-    for ask in asks:
+    for ask in (model, lambda inputs: model.nll(**inputs), lambda inputs: model.sample(9, seed=0, **wrong)):
         with pytest.raises(ValueError, match=f"{name} must"):
             ask({"codes": codes, **wrong})

@@ -193,25 +193,21 @@ def test_the_models_learn(learned):
 
 
 def test_whole_heads_are_drawn_slice_by_slice(learned):
-    pixelcnn, heads = learned.pixelcnn, np.load(learned.run / "heads.npz")
-    codes = heads["codes"]
+    pixelcnn, report = learned.pixelcnn, learned.report["heads"]
+    codes, images = (np.load(learned.run / "heads.npz")[name] for name in ("codes", "images"))
     assert codes.shape == (2, 32, 16, 16) and codes.dtype == np.int32
-    assert heads["images"].shape == (2, 32, 64, 64) and heads["images"].dtype == np.float32
-    np.testing.assert_allclose(heads["images"][1], learned.vqvae.decode(codes[1])[..., 0], atol=1e-6)
-    report = learned.report["heads"]
+    assert images.shape == (2, 32, 64, 64) and images.dtype == np.float32
+    np.testing.assert_allclose(images[1], learned.vqvae.decode(codes[1])[..., 0], atol=1e-6)
     assert report["count"] == 2
-    assert report["neighbour_change"] == pytest.approx(np.abs(np.diff(heads["images"], axis=1)).mean(), rel=1e-4)
+    assert report["neighbour_change"] == pytest.approx(np.abs(np.diff(images, axis=1)).mean(), rel=1e-4)
     # A head does not depend on how many there are, and each slice depends on the one below. Three are enough to see it.
     names = "grid", "num_scores", "draw_scores", "sample"
     few = types.SimpleNamespace(num_labels=3, **{name: getattr(pixelcnn, name) for name in names})
     np.testing.assert_array_equal(predict.draw_heads(few, 1, 0, 1.0)[0], codes[0, :3])
     assert (predict.draw_heads(few, 1, 1, 1.0)[0, 0] != codes[0, 0]).any()
-    labels = np.arange(1, 32, dtype=np.int32)
-
-    def nats(below):
-        return float(tf.reduce_mean(pixelcnn.nll(codes[0, 1:], labels=labels, below=below)))
-
-    assert nats(codes[0, :-1]) < nats(codes[0, :-1][::-1])
+    labels, lower = np.arange(1, 32, dtype=np.int32), codes[0, :-1]
+    right, wrong = (pixelcnn.nll(codes[0, 1:], labels=labels, below=below) for below in (lower, lower[::-1]))
+    assert tf.reduce_mean(right) < tf.reduce_mean(wrong)
 
 
 def test_the_maps_take_the_scores_of_the_training(learned, tmp_path):
@@ -234,20 +230,17 @@ def test_other_data_are_noted_and_measured(learned, copied_run, tmp_path, capsys
     assert predict.main(arguments) == 0
     assert "other train, validate, test slices than those of the training" in capsys.readouterr().out
     assert files_in(copied_run) == sorted(TRAINED + PLAIN)
-    report = read_report(copied_run)
-    found = dataset.fingerprint(dataset.load(other_data))
-    assert report["data"]["as_trained"] is report["data"]["phantom"] is False and learned.report["data"]["phantom"]
-    assert report["data"]["sha256"] == {name: split["sha256"] for name, split in found.items()}
-    assert (report["data"]["test_images"], report["data"]["test_subjects"]) == (6, 3)
+    report, found = read_report(copied_run), dataset.fingerprint(dataset.load(other_data))
+    data = report["data"]
+    assert data["as_trained"] is data["phantom"] is False and learned.report["data"]["phantom"]
+    assert data["sha256"] == {name: split["sha256"] for name, split in found.items()}
+    assert (data["test_images"], data["test_subjects"]) == (6, 3)
     for part, name in (("reconstruction", "ssim_mean"), ("prior", "nats_per_code")):
         low, high = report[part][f"{name}_interval"]
         assert low < report[part][name] < high
-    # The levels that were asked for, in turn.
-    samples = np.load(copied_run / "samples.npz")
-    assert samples["labels"].tolist() == [1, 0, 1, 0, 1]
-    pixelcnn = keras.saving.load_model(copied_run / "pixelcnn.keras")
-    asked = np.array([1, 0, 1, 0, 1], np.int32)
-    np.testing.assert_array_equal(samples["codes"], pixelcnn.sample(5, seed=0, labels=asked))
+    samples, asked = np.load(copied_run / "samples.npz"), np.array([1, 0, 1, 0, 1], np.int32)  # in turn
+    np.testing.assert_array_equal(samples["labels"], asked)
+    np.testing.assert_array_equal(samples["codes"], learned.pixelcnn.sample(5, seed=0, labels=asked))
 
 
 @pytest.mark.parametrize("mirror, axis, is_known", [(True, 1, True), (True, 2, False), (False, 1, False)], ids=str)
@@ -263,10 +256,8 @@ def test_a_mirrored_training_slice_is_no_novelty(mirror, axis, is_known, learned
 
 def test_variances_are_compared_within_the_levels_that_are_asked_for(learned):
     """As with --slice 5 20: that of the training slices of these is 1, though the slices of all levels differ more."""
-    slices, test = (
-        predict.Measured(getattr(learned, name)[..., 0], learned.splits[name].slice_numbers, None)
-        for name in ("train", "test")
-    )
+    slices = predict.Measured(learned.train[..., 0], learned.splits["train"].slice_numbers, None)
+    test = predict.Measured(learned.test[..., 0], learned.numbers, None)
     components, chosen = modules.principal_components(slices.images, 64), np.isin(slices.slice_numbers, [5, 20])
 
     def variance(images):
@@ -290,8 +281,8 @@ def test_data_without_slice_numbers_train_and_predict(tmp_path, refuse):
         assert predict.main(["--run", str(run), "--complete"]) == 0
         test = dataset.load(tmp_path, ("test",), 16)["test"]
     report, samples = read_report(run), np.load(run / "samples.npz")
-    assert samples["labels"].tolist() == [-1] * 4 and samples["labels"].dtype == np.int32
     vqvae, pixelcnn = predict.load_run(train.Run(run))
+    assert samples["labels"].tolist() == [-1] * 4 and samples["labels"].dtype == np.int32
     assert pixelcnn.num_labels == 0
     np.testing.assert_array_equal(samples["codes"], pixelcnn.sample(4, seed=0))
     nats = pixelcnn.nll(vqvae.encode(dataset.to_float(test.images))).numpy().mean()
@@ -346,52 +337,43 @@ def test_pictured_samples_are_the_first_of_evenly_spaced_levels_in_order():
 
 
 @eagerly()
-def test_slice_numbers_and_sizes_are_those_of_the_files(tmp_path):
-    """Heads of 100 to 103 and a stray 9999, which is one level more; 32 pixels a side; and the data are moved."""
-    numbers, run, moved = [100, 101, 102, 103, 9999], tmp_path / "run", tmp_path / "moved"
-    data = write_data(tmp_path / "data", numbers[:4], train=[1, 2, 3], validate=[402], test=[441, 442])
-    write_slices(data / "keras_png_slices_train", ["case_003_slice_9999.png"])
-    arguments = ["--run", str(run), *SHORT, "--image-size", "32"]
-    assert train.main(["--data", str(data), *arguments]) == 0
-    data.rename(moved)
-    assert train.main(["--data", str(moved), *arguments]) == 0
-    assert predict.main(["--run", str(run), "--heads", "2"]) == 0
-    report, samples, heads = read_report(run), np.load(run / "samples.npz"), np.load(run / "heads.npz")
-    assert (report["data"]["folder"], report["data"]["as_trained"]) == (str(moved), True)
+def test_slice_numbers_and_sizes_are_those_of_the_files_wherever_they_are_moved(tmp_path, monkeypatch, capsys, refuse):
+    """Heads of 100 to 103 and a stray 9999, which is one level more; 32 pixels a side."""
+    numbers, run, data = [100, 101, 102, 103, 9999], tmp_path / "moved", tmp_path / "data"
+    arguments = [*SHORT, "--image-size", "32"]
+
+    def write_few(folder):
+        (write_data(folder, numbers[:4], train=[1, 2, 3], validate=[402], test=[441, 442]) / dataset.PHANTOM).touch()
+        write_slices(folder / "keras_png_slices_train", ["case_003_slice_9999.png"])
+
+    def is_the_last(path):
+        """The file that says that all is there."""
+        return path.stat().st_mtime_ns == max(other.stat().st_mtime_ns for other in path.parent.glob("*.*"))
+
+    # A demo finds its slices inside itself.
+    monkeypatch.setattr(dataset, "write_phantom", write_few)
+    assert train.main(["--demo", "--run", str(tmp_path / "run"), *arguments]) == 0
+    (tmp_path / "run").rename(run)
+    assert predict.main(["--run", str(run), "--heads", "2"]) == 0 and is_the_last(run / "report.json")
+    found, samples, heads = read_report(run)["data"], np.load(run / "samples.npz"), np.load(run / "heads.npz")
+    assert found["folder"] == str(run / "phantom_slices") and found["phantom"] and found["as_trained"]
     assert samples["labels"].tolist() == numbers[:4] * 2 and samples["images"].shape == (8, 32, 32)
     assert heads["images"].shape == (2, 5, 32, 32)
     pixelcnn = predict.load_run(train.Run(run))[1]
     assert pixelcnn.slice_numbers == numbers and pixelcnn.num_labels == 5
+    refuse(predict, ["--run", run, "--slice", 1], "--slice 1", "the slice numbers 100, 101, 102, 103, 9999")
 
-    assert predict.main(["--run", str(run), "--anomalies", str(moved / "keras_png_slices_test")]) == 0
-    found = np.load(run / "anomalies" / "anomalies.npz")
+    # The data are moved out of it, and the command that names their new place does nothing else.
+    (run / "phantom_slices").rename(data)
+    assert train.main(["--data", str(data), "--run", str(run), *arguments]) == 0
+    assert predict.main(["--run", str(run), "--anomalies", str(data / "keras_png_slices_test")]) == 0
+    assert train.Run(run).data_folder == data and "note: other" not in capsys.readouterr().out
+    found, table = np.load(run / "anomalies" / "anomalies.npz"), run / "anomalies" / "anomalies.csv"
     assert found["labels"].tolist() == numbers[:4] * 2 and found["anomaly_map"].shape == (8, 32, 32)
-    rows = (run / "anomalies" / "anomalies.csv").read_text().splitlines()[1:]
-    assert all(f"slice_{number}." in name for name, number, *_ in (row.split(",") for row in rows))
+    rows = [row.split(",") for row in table.read_text().splitlines()[1:]]
+    assert is_the_last(table) and all(f"slice_{number}." in name for name, number, *_ in rows)
 
-    # What says that all is there is the last to come.
-    for last in (run / "report.json", run / "anomalies" / "anomalies.csv"):
-        assert last.stat().st_mtime_ns == max(path.stat().st_mtime_ns for path in last.parent.glob("*.*"))
-
-
-@eagerly()
-def test_a_demo_can_be_moved(tmp_path, monkeypatch, refuse):
-    """It finds its slices inside itself: 0, 2 and 4 of each head."""
-
-    def write_few(folder):
-        (write_data(folder, [0, 2, 4], train=[1, 2], validate=[402], test=[441]) / dataset.PHANTOM).touch()
-
-    monkeypatch.setattr(dataset, "write_phantom", write_few)
-    run, moved = tmp_path / "run", tmp_path / "moved"
-    assert train.main(["--demo", "--run", str(run), *SHORT]) == 0
-    run.rename(moved)
-    assert predict.main(["--run", str(moved), "--slice", "4", "0", "--heads", "1"]) == 0
-    assert np.load(moved / "samples.npz")["labels"].tolist() == [4, 0, 4]
-    assert np.load(moved / "heads.npz")["images"].shape == (1, 3, 16, 16)
-    data = read_report(moved)["data"]
-    assert data["folder"] == str(moved / "phantom_slices") and data["phantom"] and data["as_trained"]
-    refuse(predict, ["--run", moved, "--slice", 1], "--slice 1", "the slice numbers 0, 2, 4")
     # The report, which came last, goes first.
     with killed_before("unlink", "reconstructions.png"):
-        predict.main(["--run", str(moved)])
-    assert "reconstructions.png" in files_in(moved) and "report.json" not in files_in(moved)
+        predict.main(["--run", str(run)])
+    assert "reconstructions.png" in files_in(run) and "report.json" not in files_in(run)

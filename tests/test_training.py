@@ -252,11 +252,10 @@ def test_a_loss_that_is_not_a_number_stops_the_stage_and_the_best_epoch_is_kept(
 # ---- Optimizers ----------------------------------------------------------------------
 
 
-def make_optimizer(steps, **settings):
+def make_optimizer(steps, cosine_decay=False, **settings):
     """The optimizer of ten epochs of a PixelCNN, by default of Adam at a learning rate of 0.5."""
     numbers = {"epochs": 10, "learning_rate": 0.5, "warmup_epochs": 0, "muon": False, "clip_norm": 0.0, **settings}
-    decay = numbers.pop("cosine_decay", False)
-    settings = train.Settings(cosine_decay=decay, **{f"pixelcnn_{name}": value for name, value in numbers.items()})
+    settings = train.Settings(cosine_decay=cosine_decay, **{f"pixelcnn_{key}": numbers[key] for key in numbers})
     return train.stage_optimizer(train.Stage(train.Run(pathlib.Path("none")), "pixelcnn", settings), steps)
 
 
@@ -301,9 +300,8 @@ def made_for_pixelcnn(folder, slices, **settings):
     run.start(settings, folder, {}, False)
     run.config["finished"]["vqvae"] = {"sha256": ""}
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(
-            train, "fit", lambda stage, *values: made.update(zip(("make_model", "counts", "prepare"), values))
-        )
+        names = "make_model", "counts", "prepare"
+        patched.setattr(train, "fit", lambda stage, *values: made.update(zip(names, values)))
         train.fit_pixelcnn(run, settings, vqvae, slices, slices[:2])
     return types.SimpleNamespace(vqvae=vqvae, **made)
 
