@@ -7,9 +7,9 @@ One change a slice, in a disk of 3 to 6 pixels that lies inside the head. On --s
 distributions of the terms have seen the unchanged slices, so its figures flatter a little.
 
 In the first table a map is measured by its average precision over the pixels inside all heads together
-(chance is the share of changed pixels). In the second a score of whole slices is measured by its area under
-the ROC curve, changed slices against the same unchanged. The third has what matters of both, and in brackets
-95 % of what it becomes with other subjects. Means are over the kinds without the last, the shift.
+(chance is the share of changed pixels). The second has that of the anomaly map, and the area under the ROC curve
+of the score, changed slices against the same unchanged; in brackets 95 % of what they become with other subjects.
+Means are over the kinds without the last, the shift.
 """
 
 import argparse
@@ -117,25 +117,14 @@ def auroc(changed, unchanged):
 def maps_of(detector, images, labels, clean_reconstructed):
     """Every row of the first table, for images (N, H, W, 1): {name: (N, H, W)}."""
     terms = detector.measure(images, labels)
-    blur = detector.SMOOTHING * images.shape[1]
+    blur, difference = detector.SMOOTHING * images.shape[1], np.abs(images - clean_reconstructed)[..., 0]
     return {
         "z-score by level, smoothed": terms["level"],
         "residual, smoothed": terms["residual"],
         "surprise": tf.image.resize(terms["nats"][..., None], images.shape[1:3]).numpy()[..., 0],
         "surprise, smoothed, both orders": terms["surprise"],
         "anomaly map": detector.combine(terms),
-        "oracle: clean reconstruction": ndimage.gaussian_filter(
-            np.abs(images - clean_reconstructed)[..., 0], blur, axes=(1, 2)
-        ),
-    }
-
-
-def scores_of(detector, maps):
-    """Every row of the second table: {name: (N,)}."""
-    return {
-        "score of anomalies.csv": detector.score(maps["anomaly map"]),
-        "highest of the anomaly map": maps["anomaly map"].max(axis=(1, 2)),
-        "mean z-score by level": maps["z-score by level, smoothed"].mean(axis=(1, 2)),
+        "oracle: clean reconstruction": ndimage.gaussian_filter(difference, blur, axes=(1, 2)),
     }
 
 
@@ -143,17 +132,7 @@ def print_table(title, columns, rows):
     """Print {name: cells} in Markdown."""
     print(f"\n|{title} | " + " | ".join(columns) + " |\n|" + "---|" * (1 + len(columns)))
     for name, cells in rows.items():
-        print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
-
-
-def with_mean(values):
-    """Cells of a value for each kind, and of their mean without the last."""
-    return [f"{value:.3f}" for value in (*values, np.mean(values[:-1]))]
-
-
-def with_intervals(resampled):
-    """A cell of each measure: (1 + RESAMPLES, measures), the first of all subjects."""
-    return ["{:.3f} ({:.2f} to {:.2f})".format(of[0], *np.percentile(of[1:], [2.5, 97.5])) for of in resampled.T]
+        print(f"| {name} | " + " | ".join(cells) + " |")
 
 
 def parse_arguments(arguments):
@@ -173,10 +152,8 @@ def measure(options):
     vqvae, pixelcnn = predict.load_run(run)
     splits = ("test",) if options.split == "test" else ("train", "validate")  # train, to hold out of it where need be
     split = predict.load_data(options, run, splits)[0][options.split]
-    if not split.subjects or split.subjects < 2:
-        raise dataset.UserError(
-            f"{options.split}: two known subjects at least are needed: name the files case_N_slice_M"
-        )
+    if (split.subjects or 0) < 2:
+        raise dataset.UserError(f"{options.split} needs two known subjects at least: name the files case_N_slice_M")
     detector, _ = predict.make_detector(options, run, vqvae, pixelcnn)
     images = dataset.to_float(split.images)
     chosen = predict.evenly(options.slices, len(images))
@@ -185,31 +162,28 @@ def measure(options):
     draws = [np.arange(len(chosen)), *predict.resample(split.cases[chosen], RESAMPLES)]
 
     reconstructed = vqvae.decode(vqvae.encode(clean)).numpy()
-    unchanged = scores_of(detector, maps_of(detector, clean, labels, reconstructed))
-    precision, curves, resampled = collections.defaultdict(list), collections.defaultdict(list), {}
+    unchanged = detector.score(detector.combine(detector.measure(clean, labels)))
+    precision, resampled = collections.defaultdict(list), {}
     for kind in KINDS:
         print(f"{kind}: changing and examining {len(chosen)} slices")
         changed, disks = change(images[..., 0], split.cases, kind, options.seed, chosen)
         maps = maps_of(detector, changed[..., None], labels, reconstructed)
-        scores = scores_of(detector, maps)
         precision["chance"].append(disks[heads].mean())
         for name, values in maps.items():
             precision[name].append(average_precision(values[heads], disks[heads]))
-        for name, values in scores.items():
-            curves[name].append(auroc(values, unchanged[name]))
-        found, score = maps["anomaly map"], "score of anomalies.csv"
-        measures = [
-            (average_precision(found[i][heads[i]], disks[i][heads[i]]), auroc(scores[score][i], unchanged[score][i]))
-            for i in draws
-        ]
-        resampled[kind] = np.array(measures)
+        found, score = maps["anomaly map"], detector.score(maps["anomaly map"])
+        resampled[kind] = np.array(
+            [(average_precision(found[i][heads[i]], disks[i][heads[i]]), auroc(score[i], unchanged[i])) for i in draws]
+        )
 
     resampled["mean"] = np.mean(list(resampled.values())[:-1], axis=0)
-    kinds = [*KINDS, "mean"]
-    print_table(" average precision", kinds, {name: with_mean(values) for name, values in precision.items()})
-    print_table(" AUROC of the slice", kinds, {name: with_mean(values) for name, values in curves.items()})
-    columns = ["average precision of the anomaly map", "AUROC of the slice, by its score"]
-    print_table("", columns, {kind: with_intervals(values) for kind, values in resampled.items()})
+    rows = {name: [f"{value:.3f}" for value in (*values, np.mean(values[:-1]))] for name, values in precision.items()}
+    print_table(" average precision", [*KINDS, "mean"], rows)
+    rows = {}
+    for kind, values in resampled.items():
+        limits = np.percentile(values[1:], [2.5, 97.5], axis=0)
+        rows[kind] = ["{:.3f} ({:.2f} to {:.2f})".format(*of) for of in zip(values[0], *limits)]
+    print_table("", ["average precision of the anomaly map", "AUROC of the slice, by its score"], rows)
 
 
 def main(arguments=None):
