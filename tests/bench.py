@@ -1,36 +1,29 @@
 """Prints each claim of speed with both of its sides, timed in turns on this machine.
 
-    python tests/bench.py                                 # everything; (d) on phantoms
-    python tests/bench.py --data keras_png_slices_data    # (d) on these slices
+    python tests/bench.py                                 # everything
     python tests/bench.py --only a b                      # sampling alone
 
 (a) sampling 50 pictures, against one `predict` of the same network for every grid position
 (b) sampling 256 pictures, in compiled forward passes of the same network over 256 pictures
 (c) what is written otherwise than in a textbook, forwards and backwards, against the textbook's form
-(d) loading a split, against `keras.utils.load_img` in a loop and against bare decoding
 
 A time is the median of a few repetitions, which take turns (A B A B), after one that does not
 count. In brackets behind a ratio: the lowest and the highest ratio of one turn.
 """
 
 import argparse
-import contextlib
-import io
 import math
 import os
 import pathlib
 import platform
 import sys
-import tempfile
 import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-import dataset
 import modules
 import train
 
-import keras
 import numpy as np
 import tensorflow as tf
 import tensorflow_probability as tfp
@@ -149,46 +142,17 @@ def bench_parts(settings):
     # fmt: on
 
 
-def bench_loading(data, size):
-    """(d)"""
-    paths = dataset.list_slices(dataset.find_data(data) / "keras_png_slices_train")
-
-    def read_images():
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress
-            dataset.read_images(paths, "train", size)
-
-    def load_img():
-        for path in paths:
-            keras.utils.img_to_array(keras.utils.load_img(path, color_mode="grayscale", target_size=(size, size)))
-
-    def decode_only():
-        files = tf.data.Dataset.from_tensor_slices([str(path) for path in paths])
-        images = files.map(lambda path: tf.io.decode_png(tf.io.read_file(path), 1), num_parallel_calls=tf.data.AUTOTUNE)
-        images.reduce(0, lambda total, image: total + tf.size(image))
-
-    compare(f"(d) load {len(paths)} slices", read_images, "load_img in a loop", load_img)
-    compare(f"(d) load {len(paths)} slices", read_images, "bare decoding on all cores", decode_only, " of it")
-
-
 def main(arguments=None):
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
-    where = "folder of the slices (default: phantoms, drawn into a temporary folder)"
-    parser.add_argument("--data", type=dataset.folder, help=where)
-    parser.add_argument("--only", nargs="+", choices="abcd", default="abcd", help="parts to run (default: all)")
-    options = parser.parse_args(arguments)
+    parser.add_argument("--only", nargs="+", choices="abc", default="abc", help="parts to run (default: all)")
+    parts = parser.parse_args(arguments).only
     print_header(modules.set_up_devices())
-    if {"a", "b"} & {*options.only}:
+    if {"a", "b"} & {*parts}:
         for settings in (PUBLISHED, ORIGINAL):
-            bench_sampling(settings, options.only)
-    if "c" in options.only:
+            bench_sampling(settings, parts)
+    if "c" in parts:
         bench_parts(PUBLISHED)
-    if "d" in options.only:
-        with tempfile.TemporaryDirectory() as folder:
-            data = options.data or pathlib.Path(folder) / "phantom_slices"
-            if not options.data:
-                dataset.write_phantom(data)
-            bench_loading(data, PUBLISHED.image_size)
 
 
 if __name__ == "__main__":
