@@ -54,19 +54,20 @@ def set_up_devices():
 
 @contextlib.contextmanager
 def keras_defaults():
-    """What is made inside is float32 with the channels last, whatever the user has set Keras to."""
+    """What is made inside is float32 with the channels last, and fitted to its end, whatever Keras was set to."""
+    defaults = {"floatx": "float32", "dtype_policy": "float32", "image_data_format": "channels_last"}
+    defaults |= {"max_epochs": None, "max_steps_per_epoch": None}
 
-    def set_keras(policy, floatx, data_format):
-        keras.config.set_floatx(floatx)
-        keras.config.set_dtype_policy(policy)
-        keras.config.set_image_data_format(data_format)
+    def configure(settings):
+        for name, value in settings.items():
+            getattr(keras.config, f"set_{name}")(value)
 
-    before = keras.config.dtype_policy(), keras.config.floatx(), keras.config.image_data_format()
-    set_keras("float32", "float32", "channels_last")
+    before = {name: getattr(keras.config, name)() for name in defaults}
+    configure(defaults)
     try:
         yield
     finally:
-        set_keras(*before)
+        configure(before)
 
 
 register = keras.saving.register_keras_serializable(package="oasis")

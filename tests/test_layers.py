@@ -37,24 +37,31 @@ def test_a_layer_keeps_the_contract_of_keras(layer, arguments, inputs):
 SET = {"dtype_policy": "mixed_float16", "floatx": "float64", "image_data_format": "channels_first"}
 
 
-@pytest.mark.parametrize("name, value", SET.items())
-def test_models_are_float32_with_the_channels_last_whatever_keras_is_set_to(name, value):
-    def numbers():
-        keras.utils.set_random_seed(0)
-        vqvae = modules.VQVAE(8, 4, image_size=16, filters=(4, 4), encoder_blocks=1, decoder_blocks=1)
-        pixelcnn = modules.PixelCNN(8, (4, 4), 8, 2, dropout=0.1, context_filters=4, num_labels=2, below=True)
-        images = np.random.default_rng(0).random((6, 16, 16, 1)).astype("float32")
-        vqvae.compile(keras.optimizers.Adam(1e-3), run_eagerly=True)
-        vqvae.fit(images, verbose=0)
-        codes = vqvae.encode(images)
-        return [codes, vqvae.decode(codes), pixelcnn(codes), pixelcnn.sample(3, seed=0, labels=np.zeros(3, np.int32))]
+def numbers():
+    """What both models make of the same images, the VQ-VAE after a step of training."""
+    keras.utils.set_random_seed(0)
+    vqvae = modules.VQVAE(8, 4, image_size=16, filters=(4, 4), encoder_blocks=1, decoder_blocks=1)
+    pixelcnn = modules.PixelCNN(8, (4, 4), 8, 2, dropout=0.1, context_filters=4, num_labels=2, below=True)
+    images = np.random.default_rng(0).random((6, 16, 16, 1)).astype("float32")
+    vqvae.compile(keras.optimizers.Adam(1e-3), run_eagerly=True)
+    vqvae.fit(images, verbose=0)
+    codes = vqvae.encode(images)
+    return [codes, vqvae.decode(codes), pixelcnn(codes), pixelcnn.sample(3, seed=0, labels=np.zeros(3, np.int32))]
 
+
+@pytest.fixture(scope="module")
+def by_default():
+    return numbers()
+
+
+@pytest.mark.parametrize("name, value", SET.items())
+def test_models_are_float32_with_the_channels_last_whatever_keras_is_set_to(name, value, by_default):
     with modules.keras_defaults():  # what is set inside is put back
         getattr(keras.config, f"set_{name}")(value)
         found = numbers()
         left = getattr(keras.config, name)()
         assert getattr(left, "name", left) == value  # the user's are left as they are
         assert keras.config.dtype_policy().name == (value if name == "dtype_policy" else "float32")
-    for ours, expected in zip(found, numbers()):
+    for ours, expected in zip(found, by_default):
         assert ours.dtype == expected.dtype and ours.dtype in (tf.float32, tf.int32)
         np.testing.assert_allclose(ours, expected, atol=1e-5)

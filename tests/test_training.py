@@ -74,9 +74,12 @@ def test_what_a_user_has_set_changes_nothing_and_is_back_afterwards(whole, tmp_p
         keras.config.set_floatx("float64")
         keras.config.set_dtype_policy("mixed_float16")
         keras.config.set_image_data_format("channels_first")
+        keras.config.set_max_epochs(1)
+        keras.config.set_max_steps_per_epoch(1)
         assert whole.fit(run) == predict.main(["--run", str(run)]) == 0
         assert keras.config.dtype_policy().name == "mixed_float16" and matplotlib.rcParams["text.usetex"]
         assert (keras.config.floatx(), keras.config.image_data_format()) == ("float64", "channels_first")
+        assert keras.config.max_epochs() == keras.config.max_steps_per_epoch() == 1
     vqvae, pixelcnn = predict.load_run(train.Run(whole.run))
     test = dataset.load(whole.data, ("test",), 16)["test"]
     nats = pixelcnn.nll(vqvae.encode(dataset.to_float(test.images)), labels=test.slice_numbers).numpy().mean()
