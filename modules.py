@@ -193,14 +193,13 @@ class VectorQuantizer(layers.Layer):
         self.usage.update_state(codes)
 
         # The losses are taken before the straight-through line: after it no gradient is left for them.
-        codebook_loss = tf.reduce_mean(tf.square(tf.stop_gradient(latents) - quantized))
         commitment_loss = tf.reduce_mean(tf.square(latents - tf.stop_gradient(quantized)))
+        self.add_loss(self.commitment_cost * commitment_loss)
         if self.ema_decay is None:
-            self.add_loss(codebook_loss + self.commitment_cost * commitment_loss)
-        else:
-            self.add_loss(self.commitment_cost * commitment_loss)
-            if training:
-                self.move_codebook(tf.stop_gradient(latents), codes)
+            codebook_loss = tf.reduce_mean(tf.square(tf.stop_gradient(latents) - quantized))
+            self.add_loss(codebook_loss)
+        elif training:
+            self.move_codebook(tf.stop_gradient(latents), codes)
 
         return tf.cast(latents + tf.stop_gradient(quantized - latents), self.compute_dtype)
 
@@ -525,7 +524,8 @@ class RowContext(layers.Layer):
     A masked 3x3 convolution carries one position further; what holds for the whole picture, such as its brightness,
     arrives after many blocks and fades. Here every row has its own weighting of the positions above it, which starts
     as their mean, and each position reads the summary through a matrix of its own: the slices are registered, so
-    that the part of the head which comes next has a fixed place. (The row itself is within reach of the convolutions.)
+    that the part of the head which comes next has a fixed place. (Of its own row the convolutions show a position as
+    many codes to the left as there are blocks, and four more.)
 
     Args:
         filters: channels of the summary.
@@ -582,10 +582,10 @@ ROUNDING = 1 / 255 / np.sqrt(12)
 
 
 def principal_components(images, count):
-    """Mean (P,) and the leading principal components (P, count) of the P pixels, the first one first.
+    """The pixels' mean (P,), and the principal components of most variance (P, count), the first one first.
 
-    Fewer, where what is left of the images varies by no more than the rounding of their pixels. The largest
-    entry of each is positive, so that they have the same signs on every machine.
+    There are fewer where the images vary in fewer ways than `count`: a variance that the rounding of pixels can cause
+    does not count. The largest entry of each is positive, so that the signs are the same on every machine.
     """
     pixels = images.reshape(len(images), -1)
     mean = pixels.mean(axis=0)
@@ -612,7 +612,8 @@ class HeadScores(layers.Layer):
     """What sets whole slices apart, such as brightness and shape: principal scores, and their Gaussian [7].
 
     A score is the coordinate of a slice on a principal component of the training slices, whose scores have a standard
-    deviation of 1. The scores of all slices of a novel head are drawn at once, from a Gaussian of whole heads.
+    deviation of 1. The scores of all slices of a novel head are drawn at once, from a Gaussian of whole heads: the
+    first MAX_HEADS of the training. (Of a single head it knows the mean alone, so every draw is that.)
 
     Args:
         num_labels: L, the number of slices of a whole head.
@@ -620,7 +621,7 @@ class HeadScores(layers.Layer):
         num_pixels: of a slice.
     """
 
-    MAX_HEADS = 384  # that the Gaussian is made of
+    MAX_HEADS = 384
 
     def __init__(self, num_labels, num_scores, num_pixels, **kwargs):
         super().__init__(trainable=False, **kwargs)
@@ -876,20 +877,25 @@ class PixelCNN(SavesItsArguments, keras.Model):
         conditions = dict(inputs) if isinstance(inputs, dict) else {"codes": inputs}
         codes = tf.convert_to_tensor(conditions.pop("codes"))
         if tf.executing_eagerly():
-            self.check(conditions, len(codes))
+            self.check(len(codes), codes=codes, **conditions)
         return codes, self.conditioning.unknown(tf.shape(codes)[0]) | conditions
 
-    def check(self, conditions, count):
-        """Raise a ValueError where a condition has a wrong name or shape, or is no label of this model."""
-        shapes = {"labels": (), "scores": (self.num_scores,), "below": self.grid, "changes": (self.num_changes,)}
-        for name, values in conditions.items():
+    def check(self, count, **inputs):
+        """Raise a ValueError where an input has a wrong name or shape, or a code or label that the model has not."""
+        conditions = {"labels": (), "scores": (self.num_scores,), "below": self.grid, "changes": (self.num_changes,)}
+        shapes = {"codes": self.grid, "known": self.grid, **conditions}
+        sizes = {"codes": self.num_embeddings, "known": self.num_embeddings, "below": self.num_embeddings}
+        for name, values in inputs.items():
             if name not in shapes:
-                raise ValueError(f"the conditions are {', '.join(shapes)}, not {name}")
+                raise ValueError(f"the conditions are {', '.join(conditions)}, not {name}")
             if tuple(np.shape(values)) != (count, *shapes[name]):
                 raise ValueError(f"{name} must have shape {(count, *shapes[name])}, got {tuple(np.shape(values))}")
-        labels = np.append(conditions.get("labels", []), -1)
-        if not -1 <= labels.min() <= labels.max() < self.num_labels:
-            raise ValueError(f"labels must be from -1 to {self.num_labels - 1}, got {labels.min()} to {labels.max()}")
+            if name in ("scores", "changes") or not count:
+                continue
+            low, high = 0 if name == "codes" else -1, sizes.get(name, self.num_labels) - 1
+            lowest, highest = np.min(values), np.max(values)
+            if not low <= lowest <= highest <= high:
+                raise ValueError(f"{name} must be from {low} to {high}, got {lowest} to {highest}")
 
     def labels_of(self, slice_numbers):
         """Labels of the slice numbers of files: int (N,) -> int32 (N,); -1 for a number that the model has not."""
@@ -933,10 +939,8 @@ class PixelCNN(SavesItsArguments, keras.Model):
         if temperature <= 0:
             raise ValueError(f"temperature must be above 0, got {temperature}")
         known = np.full((num_samples, *self.grid), -1, np.int32) if known is None else known
-        if tuple(known.shape) != (num_samples, *self.grid):
-            raise ValueError(f"known must have shape {(num_samples, *self.grid)}, got {tuple(known.shape)}")
         streams = np.arange(num_samples) if streams is None else np.asarray(streams)
-        self.check(conditions, num_samples)
+        self.check(num_samples, known=known, **conditions)
         if self.num_scores and "labels" in conditions and "scores" not in conditions:
             conditions["scores"] = self.draw_scores(conditions["labels"], seed, streams)
 
@@ -1051,26 +1055,28 @@ class AnomalyDetector:
         self.spread = np.maximum([level.std(axis=0) for level in levels], self.SPREAD_FLOOR)
 
         validate = dict(zip(("images", "labels"), validate))
-        terms = in_batches(lambda batch: self.measure(**batch), validate, verbose)
-        terms = {name: values.numpy() for name, values in terms.items()}
-        self.redraw_above = np.percentile(terms.pop("nats"), self.REDRAWN)
-        self.tails = {name: self.tail(values) for name, values in terms.items()}
-        self.normal_scores = np.sort(self.score(self.combine(terms)))
+        normal = in_batches(lambda batch: self.measure(**batch), validate, verbose)
+        self.redraw_above = np.percentile(normal["nats"], self.REDRAWN)
+        self.tails = {name: self.tail(normal[name].numpy()) for name in ("surprise", "residual", "level")}
+        self.normal_scores = np.sort(self.score(self.combine(normal)))
 
-    def nats(self, images, labels):
-        """-ln p of the codes, given the labels and the slices' own scores: the codes and the nats, (N, h, w) each."""
-        codes, conditions = self.vqvae.encode(images), {"labels": labels}
+    def nats(self, images, codes, labels):
+        """-ln p of the codes, given the labels and the slices' own scores: (N, h, w)."""
+        conditions = {"labels": labels}
         if self.pixelcnn.num_scores:
             conditions["scores"] = self.pixelcnn.head_scores.of(images)
-        return codes, self.pixelcnn.nll(codes, **conditions).numpy()
+        return self.pixelcnn.nll(codes, **conditions).numpy()
 
     def measure(self, images, labels):
-        """Nats of the codes (N, h, w), and the terms of the map (N, H, W), by name."""
-        images, labels = np.asarray(images), np.asarray(labels)
-        codes, nats = self.nats(images, labels)
+        """The labels, see `likeliest`; codes and their nats (N, h, w); and the terms of the map (N, H, W), by name."""
+        images = np.asarray(images)
+        codes = self.vqvae.encode(images)
+        labels = self.likeliest(images, codes, labels)
+        nats = self.nats(images, codes, labels)
         orders = [nats]
         if self.mirror:  # what comes last in one raster order comes first in the other
-            orders.append(self.nats(images[:, ::-1], labels)[1][:, ::-1])
+            mirrored = images[:, ::-1]
+            orders.append(self.nats(mirrored, self.vqvae.encode(mirrored), labels)[:, ::-1])
         terms = {
             "surprise": tf.image.resize(np.mean(orders, axis=0)[..., None], images.shape[1:3]).numpy(),
             "residual": np.abs(images - self.vqvae.decode(codes)),
@@ -1078,7 +1084,7 @@ class AnomalyDetector:
         }
         blur = self.SMOOTHING * images.shape[1]
         terms = {name: ndimage.gaussian_filter(term[..., 0], blur, axes=(1, 2)) for name, term in terms.items()}
-        return {"nats": nats, **terms}
+        return {"labels": labels, "codes": codes, "nats": nats, **terms}
 
     def tail(self, values):
         """PERCENTILES of a term of the validation slices, and the mean excess over the last of those above it."""
@@ -1099,45 +1105,45 @@ class AnomalyDetector:
         highest = max(1, round(self.SCORED * maps[0].size))
         return np.sort(maps.reshape(len(maps), -1), axis=1)[:, -highest:].mean(axis=1)
 
-    def likeliest(self, images, labels):
+    def likeliest(self, images, codes, labels):
         """The labels, an unknown one replaced by that under which the codes are most probable: int32 (N,)."""
         labels, unknown = np.array(labels, np.int32), np.flatnonzero(np.asarray(labels) < 0)
         if len(unknown) and self.pixelcnn.num_labels:
+            images, codes = images[unknown], codes.numpy()[unknown]
             candidates = [np.full(len(unknown), label) for label in range(self.pixelcnn.num_labels)]
-            nats = [self.nats(images[unknown], candidate)[1] for candidate in candidates]
-            labels[unknown] = np.argmin(np.mean(nats, axis=(2, 3)), axis=0)
+            nats = [self.nats(images, codes, candidate).mean(axis=(1, 2)) for candidate in candidates]
+            labels[unknown] = np.argmin(nats, axis=0)
         return labels
 
-    def restore(self, images, labels, nats, seed):
-        """Mean of RESTORATIONS of each slice, in which codes that surprise are drawn anew [8]: (N, H, W, 1)."""
-        known = np.where(nats > self.redraw_above, -1, self.vqvae.encode(images))
+    def restore(self, codes, labels, nats, seed):
+        """Mean of RESTORATIONS of each slice, in which codes that surprise are drawn anew [8]: (N, H, W)."""
+        known = np.where(nats > self.redraw_above, -1, codes)
         known, labels = (np.repeat(values, self.RESTORATIONS, axis=0) for values in (known, labels))
-        streams = np.tile(np.arange(self.RESTORATIONS), len(images))
+        streams = np.tile(np.arange(self.RESTORATIONS), len(codes))
         # Without scores: those of a changed slice would bring the change back.
         scores = np.full((len(known), self.pixelcnn.num_scores), np.nan, np.float32)
-        codes = self.pixelcnn.sample(len(known), seed, known=known, streams=streams, labels=labels, scores=scores)
-        restored = self.vqvae.decode(codes)
-        return tf.reduce_mean(tf.reshape(restored, (len(images), self.RESTORATIONS, *images.shape[1:])), axis=1)
+        drawn = self.pixelcnn.sample(len(known), seed, known=known, streams=streams, labels=labels, scores=scores)
+        restored = self.vqvae.decode(drawn).numpy()[..., 0]
+        return restored.reshape(len(codes), self.RESTORATIONS, *restored.shape[1:]).mean(axis=1)
 
     def examine(self, images, labels, seed, verbose=0):
         """The maps of slices.
 
         Args: images, float32 (N, H, W, 1) in [0, 1]; labels, int32 (N,), -1 where not known; seed of the
-            restorations; verbose, see `in_batches`.
-        Returns: {"labels": int32 (N,), "surprise": nats (N, h, w), "restored": (N, H, W), "anomaly_map": (N, H, W),
-            "score": (N,), "percentile": (N,), of the validation slices that score lower}.
+            restorations, which are for the eye and not in the map; verbose, see `in_batches`.
+        Returns: {"labels": int32 (N,), the likeliest where not known, "surprise": nats of the codes in raster order
+            (N, h, w), "restored": (N, H, W), "anomaly_map": (N, H, W), "score": (N,), "percentile": (N,), of the
+            validation slices that score lower}.
         """
 
         def examine_batch(batch):
-            images, labels = batch["images"].numpy(), batch["labels"].numpy()
-            labels = self.likeliest(images, labels)
-            terms = self.measure(images, labels)
-            maps = self.combine(terms)
+            found = self.measure(**batch)
+            maps = self.combine(found)
             score = self.score(maps)
             return {
-                "labels": labels,
-                "surprise": terms["nats"],
-                "restored": self.restore(images, labels, terms["nats"], seed)[..., 0],
+                "labels": found["labels"],
+                "surprise": found["nats"],
+                "restored": self.restore(found["codes"], found["labels"], found["nats"], seed),
                 "anomaly_map": maps,
                 "score": score,
                 "percentile": 100 * np.searchsorted(self.normal_scores, score) / len(self.normal_scores),

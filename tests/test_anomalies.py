@@ -155,10 +155,12 @@ def test_a_slice_does_not_depend_on_the_others(detector, slices):
 def test_a_slice_without_a_number_gets_the_likeliest(detector, slices):
     images, labels = slices
     known = np.where(np.arange(len(labels)) % 2, labels, -1).astype(np.int32)
-    found = detector.likeliest(images, known)
+    codes = detector.vqvae.encode(images)
+    found = detector.likeliest(images, codes, known)
     np.testing.assert_array_equal(found[1::2], labels[1::2])
     assert (found >= 0).all() and np.abs(found - labels)[::2].mean() < 5  # at random about 11
-    nats, true, wrong = (detector.nats(images, of)[1].mean(axis=(1, 2)) for of in (found, labels, (found + 16) % 32))
+    of_labels = found, labels, (found + 16) % 32
+    nats, true, wrong = (detector.nats(images, codes, of).mean(axis=(1, 2)) for of in of_labels)
     assert (nats <= true + 1e-5).all() and true.mean() < 0.99 * wrong.mean()
 
 
@@ -171,13 +173,21 @@ def test_the_map_is_the_root_of_the_squared_logarithms_of_shares(detector, monke
         np.testing.assert_allclose(detector.combine(terms), expected, rtol=0.05, atol=0.03)
 
 
-def test_a_score_is_the_mean_of_the_highest_hundredth(detector, phantoms):
+def test_a_score_is_the_mean_of_the_highest_hundredth(detector):
     maps = np.random.default_rng(0).permuted(np.arange(2 * 64 * 64.0)).reshape(2, 64, 64)
     expected = [sorted(values.ravel())[-41:] for values in maps]
     np.testing.assert_allclose(detector.score(maps), np.mean(expected, axis=1))
-    # A percentile is among the validation slices, in which the lowest has none below it.
-    validate = dataset.load(phantoms, ("train", "validate"))["validate"]
-    percentile = detector.examine(dataset.to_float(validate.images), validate.slice_numbers, 0)["percentile"]
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_percentile_is_among_the_validation_slices_examined_alike(known, detector, phantoms):
+    """Examined again, the lowest has none below it; also where their numbers are not known, and the likeliest count."""
+    splits = dataset.load(phantoms, ("train", "validate")).values()
+    normal, (images, labels) = ((dataset.to_float(split.images), split.slice_numbers) for split in splits)
+    validate = images, labels if known else np.full(32, -1)
+    alike = modules.AnomalyDetector(detector.vqvae, detector.pixelcnn, normal, validate, mirror=False)
+    alike.RESTORATIONS = 2
+    percentile = alike.examine(*validate, seed=0)["percentile"]
     np.testing.assert_allclose(np.sort(percentile), 100 * np.arange(32) / 32, atol=4)
 
 

@@ -601,7 +601,11 @@ REFUSED = [  # what is asked, and what the message has in it
     (lambda model: modules.MaskedConv2D(4, 3, "C"), "mask_type"),
     (lambda model: model.sample(0, seed=0), "num_samples"),
     (lambda model: model.sample(1, seed=0, temperature=0.0), "temperature"),
-    (lambda model: model.sample(2, seed=0, known=np.zeros((2, 6, 4), "int32")), "known"),
+    (lambda model: model.sample(2, seed=0, known=np.zeros((2, 6, 4), "int32")), "known must have shape"),
+    (lambda model: model.sample(1, seed=0, known=np.full((1, 4, 6), 6)), "known must be from -1 to 5"),
+    (lambda model: model.nll(np.full((1, 4, 6), 6)), "codes must be from 0 to 5"),
+    (lambda model: model(np.full((1, 4, 6), -1)), "codes must be from 0 to 5"),
+    (lambda model: model.nll(np.zeros((1, 4, 6)), wings=2), "conditions are labels, scores, below, changes, not wings"),
 ]
 
 
@@ -612,11 +616,12 @@ def test_what_cannot_be_is_refused(ask, message, model):
 
 
 WRONG = [("labels", np.full(9, 99)), ("labels", np.full(9, -2)), ("labels", LABELS[:8])]
+WRONG += [("below", np.full((9, 4, 6), 6)), ("below", np.full((9, 4, 6), -2))]
 WRONG += [(name, np.zeros((9, 3), "float32")) for name in ("scores", "below", "changes")]
 
 
 @pytest.mark.parametrize("name, values", WRONG)
-def test_a_condition_of_another_shape_or_an_unknown_label_is_refused(name, values, model):
+def test_a_condition_of_another_shape_or_that_the_model_has_not_is_refused(name, values, model):
     codes, wrong = random_codes((4, 6), 9), {name: values}
     for ask in (model, lambda inputs: model.nll(**inputs), lambda inputs: model.sample(9, seed=0, **wrong)):
         with pytest.raises(ValueError, match=f"{name} must"):
