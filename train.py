@@ -72,7 +72,7 @@ class Settings:
     pixelcnn_learning_rate: float = setting(1e-2, "at its highest", 1e-8, 1.0)
     pixelcnn_warmup_epochs: int = setting(1, "over which the learning rate rises to it, at most half of all", 0, 10**6)
     pixelcnn_clip_norm: float = setting(1.0, "norm to which a step's gradient is shortened; 0 for none", 0.0, 1e6)
-    pixelcnn_muon: bool = setting(True, "fit the 1x1 convolutions by Muon, the rest by Adam; else all by Adam")
+    pixelcnn_muon: bool = setting(True, "fit dense layers but the logits by Muon, the rest by Adam; else all by Adam")
 
     # Both
     cosine_decay: bool = setting(True, "lower both learning rates to 0 along a cosine")
@@ -80,7 +80,7 @@ class Settings:
     augmentations: int = setting(24, "changed copies of each slice for the PixelCNN, conditioned on the change", 0, 64)
 
 
-# The settings of the original project, as far as its README gives them, and its keras.io ancestor's where not.
+# Where the original project differs from these defaults, by its README, else by its keras.io ancestor.
 ORIGINAL = """
     --num-embeddings 128 --ema-decay 0 --filters 16 32 64 --kernel-size 3 --decoder-blocks 0 --ssim-weight 0
     --pixelcnn-filters 128 --dropout 0 --no-zero-init --context-filters 0 --no-learned-position
@@ -274,18 +274,18 @@ class Stage:
 
     def __init__(self, run, name, settings, **fitted_on):
         self.run, self.name, self.settings, self.fitted_on = run, name, settings, fitted_on
-        self.last = run.folder / f"{name}_last.npz"  # all that a stopped training needs to go on; gone when finished
+        self.resume_path = run.folder / f"{name}_last.npz"  # where a stopped training goes on; gone when finished
         self.history = run.folder / f"{name}_history.csv"
         self.plot = run.folder / f"{name}_loss.png"
 
     def setting(self, name, default=None):
         return getattr(self.settings, f"{self.name}_{name}", default)
 
-    def finished(self):
+    def finished_model(self):
         """The model, where it is finished, and what a training that was killed at its very end has left is removed."""
         if model := self.run.model(self.name):
             print(f"{self.name}: finished before")
-            self.last.unlink(missing_ok=True)
+            self.resume_path.unlink(missing_ok=True)
         return model
 
 
@@ -309,13 +309,13 @@ class Checkpoint(keras.callbacks.Callback):
         self.stage, self.rows, self.last, self.best = stage, [], [], []
         # The random states of dropout are variables of the model: a resumed training draws what comes next.
         self.state = model.variables + model.optimizer.variables
-        if stage.last.exists():
+        if stage.resume_path.exists():
             self.load(len(model.variables))
         self.saved, self.saved_at = len(self.rows), time.monotonic()  # epochs; time
 
     def load(self, variables):
         try:
-            with np.load(self.stage.last) as file:
+            with np.load(self.stage.resume_path) as file:
                 fitted_on, self.rows = json.loads(str(file["rows"]))
                 self.last = [file[f"last{i}"] for i in range(len(self.state))]
                 self.best = [file[f"best{i}"] for i in range(variables)]
@@ -323,12 +323,12 @@ class Checkpoint(keras.callbacks.Callback):
                 variable.assign(value)
         except Exception as error:  # NumPy and zipfile have many kinds of their own for damaged files
             raise dataset.UserError(
-                f"{self.stage.last} is broken ({type(error).__name__}): "
+                f"{self.stage.resume_path} is broken ({type(error).__name__}): "
                 f"delete it, and {self.stage.name} starts again from its first epoch"
             ) from None
         if fitted_on != self.stage.fitted_on:
             raise dataset.UserError(
-                f"{self.stage.last} was fitted on the codes of another vqvae.keras: "
+                f"{self.stage.resume_path} was fitted on the codes of another vqvae.keras: "
                 f"delete it, and {self.stage.name} starts again from its first epoch"
             )
 
@@ -339,7 +339,7 @@ class Checkpoint(keras.callbacks.Callback):
         rows = json.dumps([self.stage.fitted_on, self.rows])
         # The history first, so that it is never behind what a stopped training goes on from.
         dataset.write_table(self.stage.history, self.rows[0], [row.values() for row in self.rows])
-        dataset.write_arrays(self.stage.last, np.savez, rows=rows, **arrays)  # not compressed: faster
+        dataset.write_arrays(self.stage.resume_path, np.savez, rows=rows, **arrays)  # not compressed: faster
         self.saved, self.saved_at = len(self.rows), time.monotonic()
 
     def on_epoch_begin(self, epoch, logs=None):
@@ -365,7 +365,7 @@ class Checkpoint(keras.callbacks.Callback):
 
 
 def make_optimizer(learning_rate, steps, warmup=0, cosine_decay=True, clip_norm=None, muon=False):
-    """Adam; or Muon, whose steps of a matrix change all of its directions alike (Liu et al., arXiv 2502.16982).
+    """Adam; or Muon, which orthogonalises the momentum of a matrix (Liu et al., arXiv 2502.16982).
 
     The learning rate rises from 0 for `warmup` of the steps, then it falls to 0 along half a cosine, or stays.
     Keras advises Adam for embeddings and for the output layer.
@@ -442,7 +442,7 @@ def fit(stage, make_model, counts, prepare, validation):
         variable.assign(value)
     plot_history(stage, checkpoint.rows)
     stage.run.finish(stage.name, best, stage.fitted_on)
-    stage.last.unlink(missing_ok=True)
+    stage.resume_path.unlink(missing_ok=True)
     return best
 
 
@@ -508,7 +508,7 @@ def make_pixelcnn(settings, slice_numbers=(), below=False):
 def fit_vqvae(run, settings, train, validate):
     """The VQ-VAE of a run, fitted on the slices of two splits."""
     stage = Stage(run, "vqvae", settings)
-    if finished := stage.finished():
+    if finished := stage.finished_model():
         return finished
     with tf.device("CPU"):  # the data stay on the host
         images = tf.stack(dataset.with_mirrored(train.images, settings.mirror), axis=1)
@@ -525,7 +525,7 @@ def fit_vqvae(run, settings, train, validate):
 def fit_pixelcnn(run, settings, vqvae, train, validate):
     """The PixelCNN of a run, fitted on the codes of the same slices, and on what is known of them."""
     stage = Stage(run, "pixelcnn", settings, vqvae=run.config["finished"]["vqvae"]["sha256"])
-    if stage.finished():
+    if stage.finished_model():
         return
     slice_numbers = np.unique(train.slice_numbers[train.slice_numbers >= 0]) if settings.labels else np.array([], int)
     labels = modules.labels_of(train.slice_numbers, slice_numbers)

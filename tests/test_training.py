@@ -157,7 +157,7 @@ def fit_point(folder, seed=0, kind=Point, epochs=2, how=eagerly, **fitted_on):
     stage = train.Stage(run, "vqvae", settings, **fitted_on)
     Point.masks.clear()
     with how():
-        if not stage.finished():
+        if not stage.finished_model():
             train.fit(stage, kind, (6, 1), lambda index: tf.gather(PLACES[:6], index[:, 0]), PLACES[6:])
     return float(keras.saving.load_model(folder / "vqvae.keras").place)
 
