@@ -777,6 +777,7 @@ class Conditioning(layers.Layer):
 # ---- PixelCNN ------------------------------------------------------------------------
 
 CONTEXT_EVERY = 5  # residual blocks
+STREAMS = 512  # sampled at once, with noise of one seed a position
 
 
 def labels_of(slice_numbers, of_labels):
@@ -945,12 +946,17 @@ class PixelCNN(SavesItsArguments, keras.Model):
             conditions["scores"] = self.draw_scores(conditions["labels"], seed, streams)
 
         def draw_batch(batch):
-            known, streams = batch.pop("known"), batch.pop("streams")
-            return self.draw(self.conditioning(**batch), known, streams, seed, temperature)
+            known, streams = batch.pop("known"), batch.pop("streams").numpy()
+            condition_map, codes = self.conditioning(**batch), np.empty(known.shape, np.int32)
+            for block in np.unique(streams // STREAMS):  # one, where streams are numbered from 0
+                chosen = streams // STREAMS == block
+                inputs = condition_map[chosen], known[chosen], streams[chosen] % STREAMS
+                codes[chosen] = self.draw(*inputs, np.array([seed, block], np.int32), temperature)
+            return codes
 
         inputs = self.conditioning.unknown(num_samples) | conditions
         inputs |= {"known": known, "streams": streams.astype(np.int32)}
-        return in_batches(draw_batch, inputs, verbose, size=512)
+        return in_batches(draw_batch, inputs, verbose, STREAMS)
 
     # The sampler. What it draws is what this draws:
     #
@@ -964,11 +970,15 @@ class PixelCNN(SavesItsArguments, keras.Model):
 
     @tf.function(  # a batch of 1 that is known to be 1 would give the loop's variables shapes that change
         input_signature=[tf.TensorSpec((None, None, None, None))]
-        + [tf.TensorSpec(shape, tf.int32) for shape in ((None, None, None), (None,), ())]
+        + [tf.TensorSpec(shape, tf.int32) for shape in ((None, None, None), (None,), (2,))]
         + [tf.TensorSpec(())]
     )
     def draw(self, condition_map, known, streams, seed, temperature):
-        """`sample` of one batch, as one graph. Args: the map of `conditioning`, and the arguments of `sample`."""
+        """`sample` of one block of streams, as one graph.
+
+        Args: the map of `conditioning`; codes to keep; streams in [0, STREAMS); the seed, and the number of the block;
+            the temperature.
+        """
         count, (height, width), r = tf.shape(known)[0], self.grid, self.first.kernel_size // 2
         codes = tf.fill((height + r, width + 2 * r, count), self.num_embeddings)  # padded as in the first layer
         rows = tf.reshape(self.first.padded_kernel(), (-1, self.filters))
@@ -1009,10 +1019,11 @@ class PixelCNN(SavesItsArguments, keras.Model):
     def gumbel_noise(self, streams, seed, position):
         """Noise (N, K): the largest of logits + noise is a draw from Categorical(logits).
 
-        Unlike the noise of Categorical.sample, that of a stream does not depend on N.
+        Unlike the noise of Categorical.sample, that of a stream does not depend on N. Args: see `draw`.
         """
         shape, tiny = (tf.reduce_max(streams) + 1, self.num_embeddings), np.finfo(np.float32).tiny  # no ln 0
-        uniform = tf.random.stateless_uniform(shape, tf.stack([seed, position]), minval=tiny)
+        place = seed[1] * self.grid[0] * self.grid[1] + position
+        uniform = tf.random.stateless_uniform(shape, tf.stack([seed[0], place]), minval=tiny)
         return tfp.distributions.Gumbel(0.0, 1.0).quantile(tf.gather(uniform, streams))
 
 

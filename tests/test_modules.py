@@ -325,7 +325,7 @@ def draw_naively(model, known, seed, temperature, conditions):
     codes = np.zeros_like(known)
     for position, (row, column) in enumerate(np.ndindex(model.grid)):
         logits = model({"codes": codes, **conditions})[:, row, column] / temperature
-        drawn = np.argmax(logits + model.gumbel_noise(tf.constant(STREAMS), seed, position), axis=-1)
+        drawn = np.argmax(logits + model.gumbel_noise(tf.constant(STREAMS), (seed, 0), position), axis=-1)
         given = known[:, row, column]
         codes[:, row, column] = np.where(given >= 0, given, drawn)
     return codes
@@ -383,9 +383,9 @@ def test_a_picture_is_that_of_its_stream_and_seed_however_many_there_are(model):
         np.testing.assert_array_equal(model.sample(4, seed=1, streams=list(streams), **some), first[streams])
     np.testing.assert_array_equal(model.sample(1, seed=1, **{name: v[:1] for name, v in conditions.items()}), first[:1])
     assert (model.sample(9, seed=2, **conditions).numpy() != first).any(axis=(1, 2)).all()
-    many = model.sample(300, seed=1).numpy()  # more than a batch of `in_batches`
-    assert len({picture.tobytes() for picture in many}) == 300
-    np.testing.assert_array_equal(model.sample(3, seed=1, streams=[299, 0, 256]), many[[299, 0, 256]])
+    many = model.sample(600, seed=1).numpy()  # more than are drawn at once
+    assert len({picture.tobytes() for picture in many}) == 600
+    np.testing.assert_array_equal(model.sample(3, seed=1, streams=[599, 0, 512]), many[[599, 0, 512]])
     assert model.draw.experimental_get_tracing_count() == 1  # another N or seed does not trace the graph again
 
 
