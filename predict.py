@@ -192,9 +192,8 @@ def variance_ratios(novel, slice_numbers, test, train, components, seed):
 
     Args: images and slice numbers of the novel slices; `Measured` test and training slices; principal components.
     """
-    every = np.repeat(
-        slice_numbers, max(1, len(train.images) // len(slice_numbers))
-    )  # all of the levels, in proportion
+    copies = max(1, len(train.images) // len(slice_numbers))
+    every = np.repeat(slice_numbers, copies)  # as many as there are, of the levels in proportion
     expected = train.images[draw_of_levels(train.slice_numbers, every, seed)]
     real = test.images[draw_of_levels(test.slice_numbers, slice_numbers, seed)]
     of_novel, of_test, of_train = (modules.project(images, components) for images in (novel, real, expected))
