@@ -104,13 +104,15 @@ def with_interval(name, values, cases):
 def nearest_training_slices(images, train, label):
     """Index of, and SSIM with, the most similar training slice of each image: (N,), (N,)."""
     print(f"comparing {len(images)} {label} with the training slices")
-    train_flat = train.reshape(len(train), -1)
-    squares, near = np.square(train_flat).sum(axis=1), min(NEIGHBOURS, len(train))
-    indices, similarities = np.empty(len(images), int), np.empty(len(images))
-    for i, image in enumerate(dataset.progress(images, "slice")):
-        candidates = np.argpartition(squares - 2 * train_flat @ image.ravel(), near - 1)[:near]
-        found = ssim([image] * near, train[candidates])
-        indices[i], similarities[i] = candidates[found.argmax()], found.max()
+    flat, near = train.reshape(len(train), -1), min(NEIGHBOURS, len(train))
+    squares, indices, similarities = np.square(flat).sum(axis=1), np.empty(len(images), int), np.empty(len(images))
+    for start in dataset.progress(range(0, len(images), 64), "batch"):
+        batch = images[start : start + 64]  # one product for all of them reads the training slices once
+        distances = squares - 2 * batch.reshape(len(batch), -1) @ flat.T
+        for i, image in enumerate(batch):
+            candidates = np.argpartition(distances[i], near - 1)[:near]
+            found = ssim([image] * near, train[candidates])
+            indices[start + i], similarities[start + i] = candidates[found.argmax()], found.max()
     return indices, similarities
 
 
