@@ -28,6 +28,7 @@ LAYERS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:keras")  # of how its test calls fit
 @pytest.mark.parametrize("layer, arguments, inputs", LAYERS.values(), ids=LAYERS)
 def test_a_layer_keeps_the_contract_of_keras(layer, arguments, inputs):
     """Its configuration, building, symbolic call, a step of training, and mixed precision."""
