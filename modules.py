@@ -885,18 +885,17 @@ class PixelCNN(SavesItsArguments, keras.Model):
         """Raise a ValueError where an input has a wrong name or shape, or a code or label that the model has not."""
         conditions = {"labels": (), "scores": (self.num_scores,), "below": self.grid, "changes": (self.num_changes,)}
         shapes = {"codes": self.grid, "known": self.grid, **conditions}
-        sizes = {"codes": self.num_embeddings, "known": self.num_embeddings, "below": self.num_embeddings}
+        ranges = dict.fromkeys(("known", "below"), (-1, self.num_embeddings - 1))
+        ranges |= {"codes": (0, self.num_embeddings - 1), "labels": (-1, self.num_labels - 1)}
         for name, values in inputs.items():
             if name not in shapes:
                 raise ValueError(f"the conditions are {', '.join(conditions)}, not {name}")
             if tuple(np.shape(values)) != (count, *shapes[name]):
                 raise ValueError(f"{name} must have shape {(count, *shapes[name])}, got {tuple(np.shape(values))}")
-            if name in ("scores", "changes") or not count:
-                continue
-            low, high = 0 if name == "codes" else -1, sizes.get(name, self.num_labels) - 1
-            lowest, highest = np.min(values), np.max(values)
-            if not low <= lowest <= highest <= high:
-                raise ValueError(f"{name} must be from {low} to {high}, got {lowest} to {highest}")
+            if name in ranges and count:
+                (low, high), lowest, highest = ranges[name], np.min(values), np.max(values)
+                if not low <= lowest <= highest <= high:
+                    raise ValueError(f"{name} must be from {low} to {high}, got {lowest} to {highest}")
 
     def labels_of(self, slice_numbers):
         """Labels of the slice numbers of files: int (N,) -> int32 (N,); -1 for a number that the model has not."""
@@ -946,12 +945,11 @@ class PixelCNN(SavesItsArguments, keras.Model):
             conditions["scores"] = self.draw_scores(conditions["labels"], seed, streams)
 
         def draw_batch(batch):
-            known, streams = batch.pop("known"), batch.pop("streams").numpy()
+            known, (blocks, places) = batch.pop("known"), np.divmod(batch.pop("streams"), STREAMS)
             condition_map, codes = self.conditioning(**batch), np.empty(known.shape, np.int32)
-            for block in np.unique(streams // STREAMS):  # one, where streams are numbered from 0
-                chosen = streams // STREAMS == block
-                inputs = condition_map[chosen], known[chosen], streams[chosen] % STREAMS
-                codes[chosen] = self.draw(*inputs, np.array([seed, block], np.int32), temperature)
+            for block in np.unique(blocks):  # one, where streams are numbered from 0
+                here, of_block = blocks == block, np.array([seed, block], np.int32)
+                codes[here] = self.draw(condition_map[here], known[here], places[here], of_block, temperature)
             return codes
 
         inputs = self.conditioning.unknown(num_samples) | conditions
