@@ -1,4 +1,4 @@
-"""The two networks, a VQ-VAE for brain slices and a PixelCNN prior over its codes; and the anomaly maps of both.
+"""A VQ-VAE for brain slices [1], a PixelCNN [2], the prior over codes that is made of it, and its sampler.
 
 References, cited below as [n]:
 [1] van den Oord, Vinyals, Kavukcuoglu: Neural Discrete Representation Learning, arXiv 1711.00937
@@ -8,19 +8,21 @@ References, cited below as [n]:
 [5] Ramachandran et al.: Fast Generation for Convolutional Autoregressive Models, arXiv 1704.06001
 [6] Jun et al.: Distribution Augmentation for Generative Modeling, ICML 2020
 [7] Li, Katabi, He: Return of Unconditional Generation, arXiv 2312.03701
-[8] Naval Marimont, Tarroni: Anomaly Detection through Latent Space Restoration using VQ-VAEs, arXiv 2012.06765
 
 Shapes: B images of H x W pixels, a latent grid of h x w positions, D numbers a latent vector,
-K codes. An image is float32 in [0, 1], (B, H, W, 1); its codes are int32 in [0, K), (B, h, w).
+K codes, C channels. An image is float32 in [0, 1], (B, H, W, 1); its codes are int32 in [0, K), (B, h, w).
 
     import keras, modules
     vqvae = keras.saving.load_model("runs/oasis/vqvae.keras")
-    pixelcnn = keras.saving.load_model("runs/oasis/pixelcnn.keras")
-    images = vqvae.decode(pixelcnn.sample(16, seed=0))
+    prior = keras.saving.load_model("runs/oasis/pixelcnn.keras")
+    images = vqvae.decode(prior.sample(16, seed=0))
 """
 
 import contextlib
+import dataclasses
+import functools
 import inspect
+import numbers
 import os
 
 os.environ["KERAS_BACKEND"] = "tensorflow"  # before Keras is imported, and whatever keras.json says
@@ -31,83 +33,58 @@ import scipy.linalg
 import tensorflow as tf
 import tensorflow_probability as tfp
 from keras import layers
-from scipy import ndimage, signal
-
-
-def set_up_devices():
-    """Prepare what TensorFlow runs on, before anything else does; returns a line that says what that is.
-
-    On a GPU, memory is taken as it is needed, so that two processes can share a card, and products stay
-    in float32 (no TF32): nearest codes and likelihoods are to be those of a CPU.
-    """
-    tf.config.experimental.enable_tensor_float_32_execution(False)
-    gpus = tf.config.list_physical_devices("GPU")
-    if not gpus:
-        return "running on the CPU: TensorFlow sees no GPU"
-    with contextlib.suppress(RuntimeError):  # in a notebook where TensorFlow has started already
-        for gpu in gpus:
-            tf.config.experimental.set_memory_growth(gpu, True)
-    name = tf.config.experimental.get_device_details(gpus[0]).get("device_name", gpus[0].name)
-    others = f", the first of {len(gpus)}: CUDA_VISIBLE_DEVICES chooses another" if len(gpus) > 1 else ""
-    return f"running on one GPU, {name}{others}"
-
-
-@contextlib.contextmanager
-def keras_defaults():
-    """What is made inside is float32 with the channels last, and fitted to its end, whatever Keras was set to."""
-    defaults = {"floatx": "float32", "dtype_policy": "float32", "image_data_format": "channels_last"}
-    defaults |= {"max_epochs": None, "max_steps_per_epoch": None}
-
-    def configure(settings):
-        for name, value in settings.items():
-            getattr(keras.config, f"set_{name}")(value)
-
-    before = {name: getattr(keras.config, name)() for name in defaults}
-    configure(defaults)
-    try:
-        yield
-    finally:
-        configure(before)
-
+from scipy import signal
+from sklearn.decomposition import PCA
+from tqdm import tqdm
 
 register = keras.saving.register_keras_serializable(package="oasis")
 
 
-class SavesItsArguments:
-    """`get_config` of a model that keeps every argument of its constructor under the argument's name.
+class Model(keras.Model):
+    """A model with a loss of its own, `loss_of`, that reopens from its constructor's arguments.
 
-    (Keras does this for layers, not for models.)
+    Each argument is an attribute of the same name.
     """
 
     def get_config(self):
         names = list(inspect.signature(type(self).__init__).parameters)[1:-1]  # without self and **kwargs
-        return {**super().get_config(), **{name: getattr(self, name) for name in names}}
+        arguments = {name: getattr(self, name) for name in names}
+        return {**super().get_config(), **keras.saving.serialize_keras_object(arguments)}
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(**keras.saving.deserialize_keras_object(config))
+
+    def fit(self, x=None, y=None, *arguments, sample_weight=None, **options):
+        return super().fit(x, with_weights(y, sample_weight), *arguments, sample_weight=sample_weight, **options)
+
+    def evaluate(self, x=None, y=None, *arguments, sample_weight=None, **options):
+        return super().evaluate(x, with_weights(y, sample_weight), *arguments, sample_weight=sample_weight, **options)
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        if self.loss is not None or (y is not None and y.shape[-1] != 0):
+            raise ValueError("the model has its own loss: leave out the targets y, and the loss of compile()")
+        return self.loss_of(x, y_pred, sample_weight)
 
 
-def in_batches(function, inputs, verbose=0, size=256):
-    """Apply a function to a batch at a time: of memory only the results grow with N.
-
-    Args:
-        function: a batch of the inputs -> a tensor, or a dictionary of tensors, with the batch first.
-        inputs: an array (N, ...), or a dictionary of such.
-        verbose: 1 for a moving progress bar, 2 for one line, 0 for neither.
-        size: of a batch.
-
-    Returns: what the function returns, for all N.
-    """
-    batches = tf.data.Dataset.from_tensor_slices(inputs).batch(size)
-    bar, results = keras.utils.Progbar(len(batches), verbose=verbose, unit_name="batch"), []
-    for batch in batches:
-        results.append(function(batch))
-        bar.add(1)
-    return tf.nest.map_structure(lambda *parts: tf.concat(parts, axis=0), *results)
+def with_weights(y, sample_weight):
+    """Targets of no numbers where there are weights alone, which Keras throws away without targets."""
+    return y if y is not None or sample_weight is None else np.empty((len(sample_weight), 0))
 
 
-# ---- VQ-VAE --------------------------------------------------------------------------
+def weighted_mean(values, weights=None):
+    """Mean over the examples of a batch: (B,), and their weights (B,) or None -> ()."""
+    if weights is None:
+        return tf.reduce_mean(values)
+    weights = tf.cast(tf.reshape(weights, tf.shape(values)), values.dtype)
+    return tf.math.divide_no_nan(tf.reduce_sum(weights * values), tf.reduce_sum(weights))
+
+
+# ---- The VQ-VAE [1] ------------------------------------------------------------------
 
 
 def histogram(codes, num_embeddings):
-    """How often each code occurs: int32 (N,) -> float32 (K,). XLA compiles this, and not tf.math.bincount."""
+    """How often each code occurs: int32 (N,) -> float32 (K,). Unlike tf.math.bincount, XLA can compile it."""
     return tf.math.unsorted_segment_sum(tf.ones(tf.shape(codes)), codes, num_embeddings)
 
 
@@ -115,11 +92,12 @@ class CodebookUsage(keras.metrics.Metric):
     """Perplexity exp(H) of the code histogram, and the number of codes used, over a whole epoch.
 
     The perplexity of a single batch depends on the batch size; this one counts until it is reset.
+    `prefix` tells the quantizers of one model apart.
     """
 
-    def __init__(self, num_embeddings, **kwargs):
+    def __init__(self, num_embeddings, prefix="", **kwargs):
         super().__init__(**kwargs)
-        self.num_embeddings = num_embeddings
+        self.num_embeddings, self.prefix = num_embeddings, prefix
         self.counts = self.add_variable((num_embeddings,), "zeros", dtype="float32", name="counts")
 
     def update_state(self, codes, sample_weight=None):
@@ -129,8 +107,8 @@ class CodebookUsage(keras.metrics.Metric):
         counts = tf.convert_to_tensor(self.counts)
         frequencies = counts / tf.maximum(tf.reduce_sum(counts), 1)
         return {
-            "perplexity": tf.exp(-tf.reduce_sum(tf.math.xlogy(frequencies, frequencies))),
-            "codes_used": tf.reduce_sum(tf.cast(counts > 0, tf.float32)),
+            f"{self.prefix}perplexity": tf.exp(-tf.reduce_sum(tf.math.xlogy(frequencies, frequencies))),
+            f"{self.prefix}codes_used": tf.reduce_sum(tf.cast(counts > 0, tf.float32)),
         }
 
 
@@ -148,7 +126,7 @@ class VectorQuantizer(layers.Layer):
         num_embeddings: K, the number of codes.
         embedding_dim: D, the length of a latent vector.
         commitment_cost: beta of [1, equation 3].
-        ema_decay: gamma of [1, appendix A.1]; None trains the codebook by gradient [1, equation 3].
+        ema_decay: gamma of [1, appendix A.1]; 0 trains the codebook by gradient [1, equation 3].
 
     Shapes: latents (..., D) -> the nearest codebook vectors (..., D).
     """
@@ -163,7 +141,8 @@ class VectorQuantizer(layers.Layer):
         self.embedding_dim = embedding_dim
         self.commitment_cost = commitment_cost
         self.ema_decay = ema_decay
-        self.usage = CodebookUsage(num_embeddings)
+        # Keras numbers the second layer of a kind: its name then keeps the keys of the two apart.
+        self.usage = CodebookUsage(num_embeddings, "" if self.name == "vector_quantizer" else f"{self.name}_")
 
     def build(self, latents_shape):
         if latents_shape[-1] != self.embedding_dim:
@@ -176,10 +155,10 @@ class VectorQuantizer(layers.Layer):
             name="codebook",
             shape=shape,
             initializer=keras.initializers.RandomUniform(-0.05, 0.05),
-            trainable=self.ema_decay is None,
+            trainable=not self.ema_decay,
             autocast=False,
         )
-        if self.ema_decay is not None:
+        if self.ema_decay:
             state = {"trainable": False, "initializer": "zeros", "autocast": False}
             self.ema_counts = self.add_weight(name="ema_counts", shape=shape[:1], **state)
             self.ema_sums = self.add_weight(name="ema_sums", shape=shape, **state)
@@ -187,21 +166,22 @@ class VectorQuantizer(layers.Layer):
             self.ema_steps = self.add_weight(name="ema_steps", shape=(), dtype="int64", **state)
 
     def call(self, latents, training=False):
-        latents = tf.cast(latents, tf.float32)
-        codes = self.nearest(latents)
-        quantized = self.lookup(codes)
+        latents = tf.cast(latents, tf.float32)  # (B, h, w, D)
+        codes = self.nearest(latents)  # (B, h, w)
+        quantized = self.lookup(codes)  # (B, h, w, D)
         self.usage.update_state(codes)
 
         # The losses are taken before the straight-through line: after it no gradient is left for them.
         commitment_loss = tf.reduce_mean(tf.square(latents - tf.stop_gradient(quantized)))
         self.add_loss(self.commitment_cost * commitment_loss)
-        if self.ema_decay is None:
+        if not self.ema_decay:
             codebook_loss = tf.reduce_mean(tf.square(tf.stop_gradient(latents) - quantized))
             self.add_loss(codebook_loss)
-        elif training:
+        elif training and self.trainable:
             self.move_codebook(tf.stop_gradient(latents), codes)
 
-        return tf.cast(latents + tf.stop_gradient(quantized - latents), self.compute_dtype)
+        straight_through = latents + tf.stop_gradient(quantized - latents)
+        return tf.cast(straight_through, self.compute_dtype)
 
     def nearest(self, latents):
         """Index of the nearest codebook vector by L2: float32 (..., D) -> int32 (...)."""
@@ -216,27 +196,38 @@ class VectorQuantizer(layers.Layer):
         return tf.gather(tf.convert_to_tensor(self.codebook), codes)
 
     def move_codebook(self, latents, codes):
-        """One step of the moving averages [1, equations 6 to 8]; dead codes restart at random latents of the batch."""
+        """One step of training: the moving averages, then the restart of dead codes."""
         latents, codes = tf.reshape(latents, (-1, self.embedding_dim)), tf.reshape(codes, (-1,))
+        counts, sums = self.moving_averages(latents, codes)
+        counts, sums = self.restart_dead_codes(counts, sums, latents)
+        self.ema_counts.assign(counts)
+        self.ema_sums.assign(sums)
+        self.codebook.assign(sums / counts[:, None])
+        self.ema_steps.assign(self.ema_steps + 1)
+
+    def moving_averages(self, latents, codes):
+        """How often each code was chosen, and the sum of the latents that chose it: (K,), (K, D).
+
+        [1, equations 6 and 7], of latents (N, D) and their codes (N,).
+        """
 
         def average(old, new):
             return self.ema_decay * old + (1 - self.ema_decay) * new
 
         counts = average(self.ema_counts, histogram(codes, self.num_embeddings))
         sums = average(self.ema_sums, tf.math.unsorted_segment_sum(latents, codes, self.num_embeddings))
+        return counts, sums
 
-        even_share = tf.cast(tf.size(codes), tf.float32) / self.num_embeddings
+    def restart_dead_codes(self, counts, sums, latents):
+        """The same two averages, in which a code that is hardly chosen is a random latent vector of the batch."""
+        batch = tf.shape(latents)[0]
+        even_share = tf.cast(batch, tf.float32) / self.num_embeddings
         dead = counts < self.DEAD_BELOW * even_share
         # Stateless, so that a resumed training draws what the uninterrupted one would have drawn.
         seed = tf.cast(tf.stack([0, tf.convert_to_tensor(self.ema_steps)]), tf.int32)
-        picks = tf.random.stateless_uniform((self.num_embeddings,), seed, maxval=tf.size(codes), dtype=tf.int32)
+        picks = tf.random.stateless_uniform((self.num_embeddings,), seed, maxval=batch, dtype=tf.int32)
         counts = tf.where(dead, self.REBORN_WITH * even_share, counts)
-        sums = tf.where(dead[:, None], counts[:, None] * tf.gather(latents, picks), sums)
-
-        self.ema_counts.assign(counts)
-        self.ema_sums.assign(sums)
-        self.codebook.assign(sums / counts[:, None])
-        self.ema_steps.assign(self.ema_steps + 1)
+        return counts, tf.where(dead[:, None], counts[:, None] * tf.gather(latents, picks), sums)
 
 
 def add_residual(x, filters):
@@ -296,13 +287,15 @@ def ssim(images, others):
 
 
 @register
-class VQVAE(SavesItsArguments, keras.Model):
+class VQVAE(Model):
     """Encoder, vector quantizer, decoder [1], fitted on images alone: `fit(images)`.
 
     loss = MSE / data_variance + ssim_weight * (1 - SSIM) + the losses of the quantizer.
 
     The encoder and decoder are those of [1, section 4.1] (strided convolutions, then residual
-    blocks); without residual blocks they are the plain stack of [4].
+    blocks); without residual blocks they are the plain stack of [4]. Images are float in [0, 1],
+    (B, H, W, 1), or uint8 in [0, 255]; the channel may be left out. `sample_weight` weighs the
+    errors of the images; the quantizer's losses have no weights, like all that layers add.
 
     Args:
         num_embeddings, embedding_dim, commitment_cost, ema_decay: see `VectorQuantizer`.
@@ -313,9 +306,10 @@ class VQVAE(SavesItsArguments, keras.Model):
         encoder_blocks, decoder_blocks: residual blocks of each.
         ssim_weight: of the term 1 - SSIM (Wang et al. 2004, 11x11 Gaussian window); 0 leaves it out.
         data_variance: variance of the training pixels, the unit of the squared error, as in [4].
+
+    Raises: ValueError for images of another size, or beyond their range.
     """
 
-    @keras_defaults()
     def __init__(
         self,
         num_embeddings,
@@ -331,50 +325,72 @@ class VQVAE(SavesItsArguments, keras.Model):
         data_variance=1.0,
         **kwargs,
     ):
-        super().__init__(**kwargs)
         if image_size % 2 ** len(filters):
             raise ValueError(f"image_size {image_size} cannot be halved {len(filters)} times, once for each of filters")
-        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
-        self.commitment_cost, self.ema_decay = commitment_cost, ema_decay
-        self.image_size, self.filters, self.kernel_size = image_size, list(filters), kernel_size
-        self.encoder_blocks, self.decoder_blocks = encoder_blocks, decoder_blocks
-        self.ssim_weight, self.data_variance = ssim_weight, float(data_variance)
-        self.encoder = build_encoder(image_size, embedding_dim, filters, kernel_size, encoder_blocks)
-        self.quantizer = VectorQuantizer(num_embeddings, embedding_dim, commitment_cost, ema_decay)
-        self.decoder = build_decoder(image_size, embedding_dim, filters, kernel_size, decoder_blocks)
-        self.terms = {
-            name: keras.metrics.Mean(name=name)
-            for name in ["reconstruction_loss", "quantizer_loss"] + ["ssim_loss"] * bool(ssim_weight)
-        }
-        self.quantizer.build(self.decoder.input_shape)
-        self.built = True
+        with keras_defaults():
+            super().__init__(**kwargs)
+            self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+            self.commitment_cost, self.ema_decay = commitment_cost, ema_decay
+            self.image_size, self.filters, self.kernel_size = image_size, list(filters), kernel_size
+            self.encoder_blocks, self.decoder_blocks = encoder_blocks, decoder_blocks
+            self.ssim_weight, self.data_variance = ssim_weight, float(data_variance)
+            self.encoder = build_encoder(image_size, embedding_dim, filters, kernel_size, encoder_blocks)
+            self.quantizer = VectorQuantizer(
+                num_embeddings, embedding_dim, commitment_cost, ema_decay, name="vector_quantizer"
+            )
+            self.decoder = build_decoder(image_size, embedding_dim, filters, kernel_size, decoder_blocks)
+            self.terms = {
+                name: keras.metrics.Mean(name=name)
+                for name in ["reconstruction_loss", "quantizer_loss"] + ["ssim_loss"] * bool(ssim_weight)
+            }
+        self(np.zeros((1, image_size, image_size, 1), np.float32))  # builds the quantizer
+        self.quantizer.usage.reset_state()
 
     def call(self, images, training=False):
-        return self.decoder(self.quantizer(self.encoder(images), training=training))
+        latents = self.encoder(self.as_floats(images))  # (B, H, W, 1) -> (B, h, w, D)
+        quantized = self.quantizer(latents, training=training)  # (B, h, w, D)
+        return self.decoder(quantized)  # (B, H, W, 1)
 
-    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
-        """The loss of a batch of images x, reconstructed as y_pred; its terms are logged by name."""
-        x = tf.cast(x, y_pred.dtype)  # Keras gives it the user's floatx
+    def as_floats(self, images):
+        """Images as the networks take them, float32 in [0, 1], (B, H, W, 1)."""
+        images = tf.convert_to_tensor(images)
+        if len(images.shape) == 3:
+            images = images[..., None]
+        images = check_shape("images", images, (None, self.image_size, self.image_size, 1))
+        if images.dtype == tf.uint8:
+            return tf.cast(images, tf.float32) / 255
+        images = tf.cast(images, tf.float32)
+        check_range("images", images, 0, 1, rounding=1e-3)
+        return images
+
+    def loss_of(self, images, reconstructions, sample_weight):
+        """The loss of a batch; its terms are logged by name."""
+        images = self.as_floats(images)
+        squared_errors = tf.reduce_mean(tf.square(images - reconstructions), axis=(1, 2, 3))
         terms = {
-            "reconstruction_loss": tf.reduce_mean(tf.square(x - y_pred)) / self.data_variance,
+            "reconstruction_loss": weighted_mean(squared_errors, sample_weight) / self.data_variance,
             "quantizer_loss": tf.add_n(self.losses),
         }
         if self.ssim_weight:
-            terms["ssim_loss"] = self.ssim_weight * (1 - tf.reduce_mean(ssim(x, y_pred)))
+            terms["ssim_loss"] = self.ssim_weight * (1 - weighted_mean(ssim(images, reconstructions), sample_weight))
         for name, value in terms.items():
-            self.terms[name].update_state(value, sample_weight=tf.shape(x)[0])
+            self.terms[name].update_state(value, sample_weight=tf.shape(images)[0])
         return tf.add_n(list(terms.values()))
 
-    def encode(self, images, verbose=0):
-        """Codes of images: float32 (B, H, W, 1) in [0, 1] -> int32 (B, h, w) in [0, K)."""
+    def encode(self, images, verbose=False):
+        """Codes of images, see the class -> int32 (B, h, w) in [0, K)."""
         return in_batches(self.encode_batch, images, verbose)
 
-    def decode(self, codes, verbose=0):
+    def decode(self, codes, verbose=False):
         """Images of codes: int32 (B, h, w) in [0, K) -> float32 (B, H, W, 1), clipped to [0, 1]."""
+        check_codes(codes, self.decoder.input_shape[1:3], self.num_embeddings)
         return in_batches(self.decode_batch, codes, verbose)
 
-    @tf.function(reduce_retracing=True)
     def encode_batch(self, images):
+        return self.encode_floats(self.as_floats(images))
+
+    @tf.function(reduce_retracing=True)
+    def encode_floats(self, images):
         return self.quantizer.nearest(self.encoder(images))
 
     @tf.function(reduce_retracing=True)
@@ -382,7 +398,7 @@ class VQVAE(SavesItsArguments, keras.Model):
         return tf.clip_by_value(self.decoder(self.quantizer.lookup(codes)), 0.0, 1.0)
 
 
-# ---- The layers of the PixelCNN ------------------------------------------------------
+# ---- The PixelCNN [2] ----------------------------------------------------------------
 
 
 @register
@@ -440,10 +456,12 @@ class MaskedCodeConv2D(MaskedConv2D):
     """`MaskedConv2D` of type A on one-hot codes, as the lookup and sum that it is.
 
     The one-hot product multiplies K - 1 zeros for every code; here each visible code picks its
-    row of the kernel. Same function, same gradient.
+    row of the kernel. Same function, same gradient. (Of few codes the product is the faster one.)
 
     Shapes: int32 (B, h, w) in [0, K) -> (B, h, w, filters). Outside the grid there is "no code", a zero vector.
     """
+
+    FEW_CODES = 32
 
     def __init__(self, num_embeddings, filters, kernel_size, **kwargs):
         super().__init__(filters, kernel_size, "A", **kwargs)
@@ -453,6 +471,8 @@ class MaskedCodeConv2D(MaskedConv2D):
         super().build((*codes_shape, self.num_embeddings))
 
     def call(self, codes):
+        if self.num_embeddings <= self.FEW_CODES:
+            return super().call(tf.one_hot(codes, self.num_embeddings, dtype=self.compute_dtype))
         k, r = self.kernel_size, self.kernel_size // 2
         height, width = tf.shape(codes)[1], tf.shape(codes)[2]
         padded = tf.pad(codes, [[0, 0], [r, 0], [r, r]], constant_values=self.num_embeddings)
@@ -465,15 +485,6 @@ class MaskedCodeConv2D(MaskedConv2D):
     def padded_kernel(self):
         """(taps, K + 1, filters): the last row of a tap, of zeros, is for "no code"."""
         return tf.pad(tf.cast(self.kernel, self.compute_dtype), [[0, 0], [0, 1], [0, 0]])
-
-    def step(self, rows, codes):
-        """`call` at one position [5].
-
-        Args: `padded_kernel` as rows (taps * (K + 1), filters); the codes that it sees, K for "no code" (taps, N).
-        Returns: (N, filters).
-        """
-        index = codes + (self.num_embeddings + 1) * tf.range(self.taps)[:, None]
-        return tf.reduce_sum(tf.gather(rows, index), axis=0) + self.bias
 
 
 @register
@@ -503,18 +514,79 @@ class ResidualBlock(layers.Layer):
         self.widen.build(hidden_shape)
 
     def call(self, x, training=False):
-        hidden = tf.nn.relu(self.masked(tf.nn.relu(self.narrow(tf.nn.relu(x)))))
-        return x + self.widen(self.drop(hidden, training=training))
+        hidden = self.narrow(tf.nn.relu(x))  # (B, h, w, C / 2)
+        hidden = self.masked(tf.nn.relu(hidden))  # (B, h, w, C / 2)
+        hidden = self.drop(tf.nn.relu(hidden), training=training)
+        return x + self.widen(hidden)  # (B, h, w, C)
 
-    def step(self, x, earlier):
-        """`call` at one position [5].
 
-        Args: x (B, filters); what all earlier positions give to `masked` here (B, filters / 2).
-        Returns: the output (B, filters), and the input of `masked` here (B, filters / 2).
-        """
-        current = tf.nn.relu(self.narrow(tf.nn.relu(x)))
-        hidden = earlier + tf.matmul(current, self.masked.kernel[-1])
-        return x + self.widen(tf.nn.relu(hidden)), current
+@register
+class PixelCNN(Model):
+    """The network of [2, table 1]: p(codes) = prod p(code | earlier codes) [2, equation 1].
+
+    A masked 7x7 convolution of type A, residual blocks, two layers of ReLU and 1x1 convolution, and K logits.
+    `fit(codes)` minimises the mean of -ln p of a code, in nats.
+
+    Args:
+        num_embeddings: K.
+        grid: (h, w).
+        filters: channels between the residual blocks.
+        residual_blocks: 15 in [2, table 1].
+        dropout, zero_init: see `ResidualBlock`.
+        between: layers (B, h, w, filters) -> the same, that see no later position. They are put before blocks, at
+            even distances.
+
+    Call arguments: codes, int32 (B, h, w) in [0, K); a map (B, h, w, filters), which is added after the first layer.
+    Returns: logits (B, h, w, K); those at a position depend on earlier codes, and on the map there and before.
+    """
+
+    input_dtype = "int32"  # of `export`
+
+    def __init__(
+        self, num_embeddings, grid, filters=128, residual_blocks=15, dropout=0.0, zero_init=True, between=(), **kwargs
+    ):
+        with keras_defaults():
+            super().__init__(autocast=False, **kwargs)
+            self.num_embeddings, self.grid, self.filters = num_embeddings, tuple(grid), filters
+            self.residual_blocks, self.dropout, self.zero_init = residual_blocks, dropout, zero_init
+            self.between = list(between)
+            self.first = MaskedCodeConv2D(num_embeddings, filters, 7)
+            self.trunk = [ResidualBlock(filters, dropout, zero_init) for _ in range(residual_blocks)]
+            for i, layer in reversed(list(enumerate(self.between))):
+                self.trunk.insert(i * -(-residual_blocks // len(self.between)), layer)
+            self.last = [
+                layers.Dense(filters, activation="relu"),
+                layers.Dense(filters, activation="relu"),
+                layers.Dense(num_embeddings, name="logits"),
+            ]
+        self(np.zeros((1, *self.grid), np.int32))  # builds the layers
+
+    def call(self, codes, condition_map=None, training=False):
+        codes = check_codes(codes, self.grid, self.num_embeddings)  # (B, h, w)
+        x = self.first(codes)  # (B, h, w, C)
+        if condition_map is not None:
+            x += condition_map  # (B, h, w, C)
+        for layer in self.trunk:
+            x = layer(x, training=training)  # (B, h, w, C)
+        return self.logits(x)  # (B, h, w, K)
+
+    def logits(self, x):
+        """Features (..., C) -> logits (..., K)."""
+        x = tf.nn.relu(x)
+        for layer in self.last:
+            x = layer(x)
+        return x
+
+    def loss_of(self, codes, logits, sample_weight):
+        return weighted_mean(tf.reduce_mean(nats(codes, logits), axis=(1, 2)), sample_weight)
+
+
+def nats(codes, logits):
+    """-ln p of codes: int32 (B, h, w), (B, h, w, K) -> (B, h, w)."""
+    return -tfp.distributions.Categorical(logits=logits).log_prob(codes)
+
+
+# ---- Row contexts, which are in no paper ---------------------------------------------
 
 
 @register
@@ -524,8 +596,8 @@ class RowContext(layers.Layer):
     A masked 3x3 convolution carries one position further; what holds for the whole picture, such as its brightness,
     arrives after many blocks and fades. Here every row has its own weighting of the positions above it, which starts
     as their mean, and each position reads the summary through a matrix of its own: the slices are registered, so
-    that the part of the head which comes next has a fixed place. (Of its own row the convolutions show a position as
-    many codes to the left as there are blocks, and four more.)
+    that the part of the head which comes next has a fixed place. (In its own row a position sees, through the
+    convolutions, as many codes to its left as there are blocks, and three more.)
 
     Args:
         filters: channels of the summary.
@@ -561,50 +633,104 @@ class RowContext(layers.Layer):
         weights, readout, bias = (tf.cast(w, x.dtype) for w in (self.weights_above, self.readout, self.bias))
         summary = tf.nn.relu(tf.einsum("rpf,bpf->brf", weights * tf.cast(self.is_above, x.dtype), features))
         summary = self.drop(summary, training=training)  # (B, h, F)
-        return x + tf.einsum("brf,rwfc->brwc", summary, readout) + bias
-
-    def step(self, x, summary, row, column):
-        """`call` at one position [5].
-
-        Args: x (B, C); the weighted sum over the rows above (B, filters); the position.
-        Returns: the output (B, C), and what this position adds to the sums of all rows (h, B, filters).
-        """
-        position = row * self.readout.shape[1] + column
-        weights = self.weights_above[:, position] * tf.constant(self.is_above)[:, position]  # (h, F)
-        added = weights[:, None] * self.narrow(x)
-        return x + tf.matmul(tf.nn.relu(summary), self.readout[row, column]) + self.bias, added
+        return x + tf.einsum("brf,rwfc->brwc", summary, readout) + bias  # (B, h, w, C)
 
 
-# ---- What the PixelCNN is conditioned on ---------------------------------------------
+# ---- The prior: a PixelCNN given what is known of a slice ------------------------------
 
-# Standard deviation that the rounding to uint8 alone gives a component of pixels in [0, 1]: 1/255 is the step.
-ROUNDING = 1 / 255 / np.sqrt(12)
+UNKNOWN_SCORE = -8192.0  # stands for a score that is not known: in the graph no NaN is needed, nor made
 
 
-def principal_components(images, count):
-    """The pixels' mean (P,), and the principal components of most variance (P, count), the first one first.
+@dataclasses.dataclass(frozen=True)
+class Condition:
+    """What may be known of each slice beside its codes."""
 
-    There are fewer where the images vary in fewer ways than `count`: a variance that the rounding of pixels can cause
-    does not count. The largest entry of each is positive, so that the signs are the same on every machine.
+    shape: tuple  # of one slice
+    dtype: str
+    unknown: float  # the value for "not known"
+    hidden: float  # from this share of the slices it is hidden in training
+    highest: int | None = None  # of integers, which begin at `unknown`
+
+
+@register
+class Conditioning(layers.Layer):
+    """All that is known of a slice beside its codes, as one map: the location dependent term of [3, section 2.3].
+
+    Each number is multiplied by a learned map (h, w, C), and the maps are added. A constant 1 among the numbers gives a
+    learned vector for each position. The codes of the slice below go through two convolutions. In training labels,
+    scores and the slice below are each hidden from a share of the slices, so that the network does without them too.
+
+    Args:
+        grid, filters: (h, w), C of the map.
+        num_embeddings: K, of the slice below.
+        learned_position: whether there is the constant 1.
+        num_labels, num_scores, num_changes, below: of the conditions; 0 or False for one that is never known.
+
+    Call arguments: the conditions in `table`, see `Prior`.
+    Returns: (B, h, w, filters); zeros where there is no condition.
     """
-    pixels = images.reshape(len(images), -1)
-    mean = pixels.mean(axis=0)
-    few = len(pixels) < len(mean)  # images, so that their products with one another are the smaller matrix
-    centred = (pixels - mean).astype(np.float64 if few else np.float32)
-    products = centred @ centred.T if few else centred.T @ centred
-    first = max(0, len(products) - count)
-    variances, vectors = scipy.linalg.eigh(products, subset_by_index=[first, len(products) - 1])
-    vectors = vectors[:, variances / len(pixels) > ROUNDING**2][:, ::-1]
-    axes = centred.T @ vectors if few else vectors
-    axes /= np.linalg.norm(axes, axis=0)
-    return mean, axes * np.sign(axes[np.abs(axes).argmax(axis=0), range(axes.shape[1])])
 
+    SCORE_NOISE = 0.1  # of the scores in training, so that none names a single training slice
 
-def project(images, components):
-    """Coordinates of images on principal components: (N, ...) -> float64 (N, count)."""
-    mean, axes = components
-    parts = np.array_split(images, len(images) // 1024 + 1)
-    return np.concatenate([(part.reshape(len(part), -1) - mean).astype(np.float64) @ axes for part in parts])
+    def __init__(
+        self, grid, filters, num_embeddings, learned_position, num_labels, num_scores, num_changes, below, **kwargs
+    ):
+        super().__init__(**kwargs)
+        self.grid, self.filters, self.learned_position, self.below = tuple(grid), filters, learned_position, below
+        self.num_labels, self.num_scores, self.num_changes = num_labels, num_scores, num_changes
+        self.table = {
+            "labels": Condition((), "int32", -1, hidden=0.1, highest=num_labels - 1),
+            "scores": Condition((num_scores,), "float32", UNKNOWN_SCORE, hidden=0.5),
+            "below": Condition(self.grid, "int32", -1, hidden=0.5, highest=num_embeddings - 1 if below else -1),
+            "changes": Condition((num_changes,), "float32", 0, hidden=0),
+        }
+        if below:
+            policy = {"dtype": self.dtype_policy}
+            self.below_network = keras.Sequential(
+                [
+                    keras.Input(self.grid, dtype="int32"),
+                    layers.Embedding(num_embeddings, 32, **policy),
+                    layers.Conv2D(32, 3, padding="same", activation="relu", **policy),
+                    layers.Conv2D(filters, 3, padding="same", **policy),
+                ]
+            )
+        self.seeds = keras.random.SeedGenerator()
+
+    def build(self, labels_shape, scores_shape, below_shape, changes_shape):
+        known = int(self.num_scores > 0)  # a number that says whether the scores are known
+        numbers = self.learned_position + self.num_labels + self.num_scores + known + self.num_changes
+        self.maps = self.add_weight(name="maps", shape=(numbers, *self.grid, self.filters), initializer="zeros")
+
+    def call(self, labels, scores, below, changes, training=False):
+        count, dtype = tf.shape(labels)[0], self.compute_dtype
+
+        def seen(name, values):
+            """A condition as the network sees it: in training it is hidden from some slices."""
+            if not training:
+                return values
+            shape = [count] + [1] * (len(values.shape) - 1)
+            hidden = keras.random.uniform(shape, dtype="float32", seed=self.seeds) < self.table[name].hidden
+            return tf.where(hidden, tf.cast(self.table[name].unknown, values.dtype), values)
+
+        numbers = [tf.ones((count, int(self.learned_position)), dtype)]
+        if self.num_labels:
+            numbers.append(tf.one_hot(seen("labels", labels), self.num_labels, dtype=dtype))  # zeros for -1
+        if self.num_scores:
+            scores = seen("scores", scores)
+            known = scores > UNKNOWN_SCORE
+            if training:
+                noise = keras.random.normal(tf.shape(scores), dtype="float32", seed=self.seeds)
+                scores += tf.cast(self.SCORE_NOISE * noise, scores.dtype)
+            scores = tf.where(known, scores, tf.zeros_like(scores))
+            numbers += [tf.cast(scores, dtype), tf.cast(known[:, :1], dtype)]
+        if self.num_changes:
+            numbers.append(tf.cast(changes, dtype))
+        added = tf.tensordot(tf.concat(numbers, axis=1), tf.cast(self.maps, dtype), 1)  # (B, h, w, C)
+        if self.below:
+            codes = seen("below", below)
+            features = self.below_network(tf.maximum(codes, 0))  # (B, h, w, C)
+            added += tf.where(codes[..., None] < 0, tf.zeros_like(features), features)
+        return added
 
 
 @register
@@ -613,7 +739,7 @@ class HeadScores(layers.Layer):
 
     A score is the coordinate of a slice on a principal component of the training slices, whose scores have a standard
     deviation of 1. The scores of all slices of a novel head are drawn at once, from a Gaussian of whole heads: the
-    first MAX_HEADS of the training. (Of a single head it knows the mean alone, so every draw is that.)
+    first MAX_HEADS of the training. (Fitted to one head, it always draws the mean.)
 
     Args:
         num_labels: L, the number of slices of a whole head.
@@ -622,16 +748,18 @@ class HeadScores(layers.Layer):
     """
 
     MAX_HEADS = 384
+    # Standard deviation that the rounding to uint8 alone gives a component of pixels in [0, 1]: 1/255 is the step.
+    ROUNDING = 1 / 255 / np.sqrt(12)
 
     def __init__(self, num_labels, num_scores, num_pixels, **kwargs):
         super().__init__(trainable=False, **kwargs)
         self.num_labels, self.num_scores, self.num_pixels = num_labels, num_scores, num_pixels
-        zeros = {"initializer": "zeros", "trainable": False, "autocast": False}
-        self.pixel_mean = self.add_weight(name="pixel_mean", shape=(num_pixels,), dtype="float32", **zeros)
-        self.axes = self.add_weight(name="axes", shape=(num_pixels, num_scores), dtype="float64", **zeros)
+        state = {"initializer": "zeros", "trainable": False, "autocast": False, "dtype": "float32"}
+        self.pixel_mean = self.add_weight(name="pixel_mean", shape=(num_pixels,), **state)
+        self.axes = self.add_weight(name="axes", shape=(num_pixels, num_scores), **state)
         shape = (num_labels, num_scores)
-        self.means = self.add_weight(name="means", shape=shape, dtype="float32", **zeros)
-        self.factor = self.add_weight(name="factor", shape=(self.MAX_HEADS, *shape), dtype="float32", **zeros)
+        self.means = self.add_weight(name="means", shape=shape, **state)
+        self.factor = self.add_weight(name="factor", shape=(self.MAX_HEADS, *shape), **state)
         self.built = True
 
     def fit(self, images, labels, heads):
@@ -640,9 +768,13 @@ class HeadScores(layers.Layer):
         Args: images, float32 (N, H, W, 1) in [0, 1]; labels, int (N,), -1 where not known; heads, int (N,), the same
             for slices of one head.
         """
-        mean, axes = principal_components(images, self.num_scores)
-        axes = axes / project(images, (mean, axes)).std(axis=0)
-        self.pixel_mean.assign(mean)
+        pixels = np.asarray(images).reshape(len(images), -1)
+        count = max(1, min(self.num_scores, len(pixels) - 1, self.num_pixels))
+        solver = "arpack" if count < min(pixels.shape) else "full"
+        found = PCA(count, svd_solver=solver, random_state=0).fit(pixels)
+        varies = found.explained_variance_ > self.ROUNDING**2  # more than the rounding of pixels makes
+        axes = (found.components_[varies] / np.sqrt(found.explained_variance_[varies, None])).T
+        self.pixel_mean.assign(found.mean_)
         self.axes.assign(np.pad(axes, [[0, 0], [0, self.num_scores - axes.shape[1]]]))
         known = labels >= 0
         heads = np.unique(heads[known], return_inverse=True)[1]
@@ -672,112 +804,26 @@ class HeadScores(layers.Layer):
 
     def of(self, images):
         """Scores of slices: float32 (N, H, W, 1) in [0, 1] -> float32 (N, S)."""
-        return project(np.asarray(images), (self.pixel_mean.numpy(), self.axes.numpy())).astype(np.float32)
+        pixels = np.reshape(images, (len(images), -1))
+        return (pixels - self.pixel_mean.numpy()) @ self.axes.numpy()
 
-    def draw(self, labels, seed, streams=None):
-        """Scores of novel slices.
+    def draw_heads(self, count, seed):
+        """Scores of all slices of novel heads: float32 (count, L, S)."""
+        deviations = np.tensordot(self.standard_normal(count, seed), self.factor.numpy(), 1)
+        return (self.means.numpy() + deviations).astype(np.float32)
 
-        Args: labels, int (N,), -1 where not known; seed, int; streams, int (N,): slices of one stream and seed are of
-            the same head, whatever their labels; None for a head each.
-        Returns: float32 (N, S); NaN where the label is not known.
-        """
-        labels = np.asarray(labels)
-        streams = np.arange(len(labels)) if streams is None else np.asarray(streams)
-        draws = tf.random.stateless_normal((int(streams.max()) + 1, self.MAX_HEADS), (seed, -1))
-        heads = self.means + tf.tensordot(draws, tf.convert_to_tensor(self.factor), 1)  # (streams, L, S)
-        scores = tf.gather_nd(heads, np.stack([streams, np.maximum(labels, 0)], axis=1))
-        return tf.where(labels[:, None] < 0, np.float32("nan"), scores)
+    def draw(self, labels, seed):
+        """Scores of novel slices, each of a head of its own: int (N,) -> float32 (N, S); NaN for the label -1."""
+        draws, labels = self.standard_normal(len(labels), seed), np.asarray(labels)
+        scores = np.full((len(labels), self.num_scores), np.nan, np.float32)
+        for label in np.unique(labels[labels >= 0]):
+            of_label = labels == label
+            scores[of_label] = self.means[label] + draws[of_label] @ self.factor[:, label].numpy()
+        return scores
 
-
-@register
-class Conditioning(layers.Layer):
-    """All that is known of a slice beside its codes, as one map: the location dependent term of [3, section 2.3].
-
-    Each number is multiplied by a learned map (h, w, C), and the maps are added. A constant 1 among the numbers gives a
-    learned vector for each position. The codes of the slice below go through two convolutions. In training labels,
-    scores and the slice below are each hidden from a share of the slices, so that the network does without them too.
-
-    Args:
-        grid, filters: (h, w), C of the map.
-        num_embeddings: K, of the slice below.
-        learned_position: whether there is the constant 1.
-        num_labels, num_scores, num_changes, below: of the conditions; 0 or False for one that is never known.
-
-    Call arguments: see `PixelCNN`; `unknown` gives the values that stand for unknown conditions.
-    Returns: (B, h, w, filters); zeros where there is no condition.
-    """
-
-    HIDDEN = {"labels": 0.1, "scores": 0.5, "below": 0.5}  # noqa: RUF012, shares of the training examples
-    SCORE_NOISE = 0.1  # of the scores in training, so that none names a single training slice
-
-    def __init__(
-        self, grid, filters, num_embeddings, learned_position, num_labels, num_scores, num_changes, below, **kwargs
-    ):
-        super().__init__(**kwargs)
-        self.grid, self.filters, self.learned_position, self.below = tuple(grid), filters, learned_position, below
-        self.num_labels, self.num_scores, self.num_changes = num_labels, num_scores, num_changes
-        if below:
-            policy = {"dtype": self.dtype_policy}
-            self.below_network = keras.Sequential(
-                [
-                    keras.Input(self.grid, dtype="int32"),
-                    layers.Embedding(num_embeddings, 32, **policy),
-                    layers.Conv2D(32, 3, padding="same", activation="relu", **policy),
-                    layers.Conv2D(filters, 3, padding="same", **policy),
-                ]
-            )
-        self.seeds = keras.random.SeedGenerator()
-
-    def build(self, labels_shape, scores_shape, below_shape, changes_shape):
-        known = int(self.num_scores > 0)  # a number that says whether the scores are known
-        numbers = self.learned_position + self.num_labels + self.num_scores + known + self.num_changes
-        self.maps = self.add_weight(name="maps", shape=(numbers, *self.grid, self.filters), initializer="zeros")
-
-    def unknown(self, count):
-        """The conditions of `count` slices of which nothing is known."""
-        return {
-            "labels": tf.fill((count,), -1),
-            "scores": tf.fill((count, self.num_scores), np.float32("nan")),
-            "below": tf.fill((count, *self.grid), -1),
-            "changes": tf.zeros((count, self.num_changes)),
-        }
-
-    def call(self, labels, scores, below, changes, training=False):
-        count, dtype = tf.shape(labels)[0], self.compute_dtype
-        conditions, unknown = {"labels": labels, "scores": scores, "below": below}, self.unknown(count)
-
-        def seen(name):
-            if not training:
-                return conditions[name]
-            shape = [count] + [1] * (len(conditions[name].shape) - 1)
-            hidden = keras.random.uniform(shape, dtype="float32", seed=self.seeds) < self.HIDDEN[name]
-            return tf.where(hidden, tf.cast(unknown[name], conditions[name].dtype), conditions[name])
-
-        numbers = [tf.ones((count, int(self.learned_position)), dtype)]
-        if self.num_labels:
-            numbers.append(tf.one_hot(seen("labels"), self.num_labels, dtype=dtype))  # zeros for -1
-        if self.num_scores:
-            scores = seen("scores")
-            if training:
-                noise = keras.random.normal(tf.shape(scores), dtype="float32", seed=self.seeds)
-                scores += tf.cast(self.SCORE_NOISE * noise, scores.dtype)
-            known = tf.math.is_finite(scores)
-            scores = tf.where(known, scores, tf.zeros_like(scores))
-            numbers += [tf.cast(scores, dtype), tf.cast(known[:, :1], dtype)]
-        if self.num_changes:
-            numbers.append(tf.cast(changes, dtype))
-        added = tf.tensordot(tf.concat(numbers, axis=1), tf.cast(self.maps, dtype), 1)
-        if self.below:
-            codes = seen("below")
-            features = self.below_network(tf.maximum(codes, 0))
-            added += tf.where(codes[..., None] < 0, tf.zeros_like(features), features)
-        return added
-
-
-# ---- PixelCNN ------------------------------------------------------------------------
-
-CONTEXT_EVERY = 5  # residual blocks
-STREAMS = 512  # sampled at once, with noise of one seed a position
+    def standard_normal(self, count, seed):
+        """float64 (count, MAX_HEADS): products of them round alike, however many there are."""
+        return np.random.default_rng(seed).standard_normal((count, self.MAX_HEADS))
 
 
 def labels_of(slice_numbers, of_labels):
@@ -787,376 +833,404 @@ def labels_of(slice_numbers, of_labels):
 
 
 @register
-class PixelCNN(SavesItsArguments, keras.Model):
-    """Autoregressive prior over a grid of codes: p(codes) = prod p(code | earlier codes) [2, equation 1].
-
-    A masked 7x7 convolution of type A, residual blocks, two ReLU-1x1 layers, and K logits. Every factor can be
-    conditioned on what is known of the slice beside its codes, see `Conditioning`.
+class Prior(Model):
+    """p(codes | what is known of the slice): a `PixelCNN`, or any network with its call, and `Conditioning`.
 
     `fit` takes what `call` takes, and minimises the mean of -ln p of a code, in nats.
 
     Args:
-        num_embeddings: K.
-        grid: (h, w).
-        filters: channels between the residual blocks.
-        residual_blocks: 15 in [2, table 1].
-        dropout, zero_init: see `ResidualBlock`.
-        context_filters: channels of a `RowContext` before every fifth residual block; 0 for none.
+        network: codes (B, h, w) and a map (B, h, w, filters) -> logits (B, h, w, num_embeddings), a Keras model with
+            the attributes grid, filters and num_embeddings.
+        slice_numbers: the number in the file names that each label stands for, ascending; none: labels are not known.
+        num_scores: scores of a slice, see `HeadScores`; 0 for none.
+        num_changes: numbers that describe an augmentation; 0 for none.
+        below: whether the slice below may be known.
         learned_position: add a learned vector for each position.
-        num_labels, num_scores, num_changes, below: of the conditions; 0 or False for one that is never known.
-        slice_numbers: the number in the file names that each label stands for, ascending; None: the label itself.
-        image_size: of the slices that have the scores, in pixels.
+        num_pixels: of the slices that have the scores.
 
     Call arguments: codes, int32 (B, h, w) in [0, K), or a dictionary of them and, where known, of the conditions:
         labels: int32 (B,) in [0, num_labels), which slice of a head it is; -1 where not known.
-        scores: float32 (B, num_scores), see `HeadScores`; NaN where not known.
+        scores: float32 (B, num_scores), see `HeadScores`; UNKNOWN_SCORE or NaN where not known.
         below: int32 (B, h, w) in [0, K), the codes of the slice below in the same head; -1 where not known.
         changes: float32 (B, num_changes), the augmentation [6]; zeros for a slice as it is.
     Returns: logits, float32 (B, h, w, K); those at a position depend on earlier codes and on the conditions.
+    Raises: ValueError for another name or shape, or a code or label that the model has not. In a graph the values
+        raise a tf.errors.InvalidArgumentError, unless XLA compiles it.
     """
 
-    @keras_defaults()
+    input_dtype = "int32"  # of `export`
+    BATCH = 512  # pictures that are sampled at once
+
     def __init__(
         self,
-        num_embeddings,
-        grid,
-        filters=128,
-        residual_blocks=15,
-        dropout=0.0,
-        zero_init=True,
-        context_filters=0,
-        learned_position=True,
-        num_labels=0,
+        network,
+        slice_numbers=(),
         num_scores=0,
         num_changes=0,
         below=False,
-        slice_numbers=None,
-        image_size=64,
+        learned_position=True,
+        num_pixels=0,
         **kwargs,
     ):
-        super().__init__(**kwargs)
-        self.num_embeddings, self.grid, self.filters = num_embeddings, tuple(grid), filters
-        self.residual_blocks, self.dropout, self.zero_init = residual_blocks, dropout, zero_init
-        self.context_filters, self.learned_position = context_filters, learned_position
-        self.num_labels, self.num_scores, self.num_changes, self.below = num_labels, num_scores, num_changes, below
-        self.slice_numbers = list(range(num_labels)) if slice_numbers is None else list(map(int, slice_numbers))
-        self.image_size = image_size
-        self.first = MaskedCodeConv2D(num_embeddings, filters, 7)
-        self.blocks = [ResidualBlock(filters, dropout, zero_init) for _ in range(residual_blocks)]
-        contexts = len(self.blocks[::CONTEXT_EVERY]) if context_filters else 0
-        self.contexts = [RowContext(context_filters, dropout) for _ in range(contexts)]
-        self.head = [
-            layers.Dense(filters, activation="relu"),
-            layers.Dense(filters, activation="relu"),
-            layers.Dense(num_embeddings, name="logits"),
-        ]
-        self.conditioning = Conditioning(
-            grid, filters, num_embeddings, learned_position, num_labels, num_scores, num_changes, below
-        )
-        if num_scores:
-            self.head_scores = HeadScores(num_labels, num_scores, image_size**2)
+        with keras_defaults():
+            super().__init__(autocast=False, **kwargs)
+            self.network, self.grid, self.num_embeddings = network, tuple(network.grid), network.num_embeddings
+            self.slice_numbers, self.num_labels = [int(number) for number in slice_numbers], len(slice_numbers)
+            self.num_scores, self.num_changes, self.below = num_scores, num_changes, below
+            self.learned_position, self.num_pixels = learned_position, num_pixels
+            self.conditioning = Conditioning(
+                *(self.grid, network.filters, self.num_embeddings, learned_position),
+                *(self.num_labels, num_scores, num_changes, below),
+            )
+            if num_scores:
+                self.head_scores = HeadScores(self.num_labels, num_scores, num_pixels)
         self(np.zeros((1, *self.grid), np.int32))  # builds the layers
 
     def call(self, inputs, training=False):
-        codes, conditions = self.split(inputs)
-        x = self.first(codes) + self.conditioning(**conditions, training=training)  # (B, h, w, C)
-        for i, block in enumerate(self.blocks):
-            if self.contexts and i % CONTEXT_EVERY == 0:
-                x = self.contexts[i // CONTEXT_EVERY](x, training=training)
-            x = block(x, training=training)
-        return self.logits(x)
+        codes, conditions = self.checked(inputs)  # (B, h, w)
+        condition_map = self.conditioning(**conditions, training=training)  # (B, h, w, C)
+        return self.network(codes, condition_map, training=training)  # (B, h, w, K)
 
-    def logits(self, x):
-        """Features (..., C) -> logits (..., K)."""
-        x = tf.nn.relu(x)
-        for layer in self.head:
-            x = layer(x)
-        return x
+    def unknown(self, count):
+        """The conditions of `count` slices of which nothing is known."""
+        return {
+            name: tf.fill((count, *condition.shape), tf.cast(condition.unknown, condition.dtype))
+            for name, condition in self.conditioning.table.items()
+        }
 
-    def split(self, inputs):
+    def checked(self, inputs):
         """Codes, or a dictionary of codes and some conditions -> the codes, and every condition."""
-        conditions = dict(inputs) if isinstance(inputs, dict) else {"codes": inputs}
-        codes = tf.convert_to_tensor(conditions.pop("codes"))
-        if tf.executing_eagerly():
-            self.check(len(codes), codes=codes, **conditions)
-        return codes, self.conditioning.unknown(tf.shape(codes)[0]) | conditions
+        inputs = dict(inputs) if isinstance(inputs, dict) else {"codes": inputs}
+        codes = check_codes(inputs.pop("codes"), self.grid, self.num_embeddings)
+        return codes, self.checked_conditions(codes.shape[0], tf.shape(codes)[0], inputs)
 
-    def check(self, count, **inputs):
-        """Raise a ValueError where an input has a wrong name or shape, or a code or label that the model has not."""
-        conditions = {"labels": (), "scores": (self.num_scores,), "below": self.grid, "changes": (self.num_changes,)}
-        shapes = {"codes": self.grid, "known": self.grid, **conditions}
-        ranges = dict.fromkeys(("known", "below"), (-1, self.num_embeddings - 1))
-        ranges |= {"codes": (0, self.num_embeddings - 1), "labels": (-1, self.num_labels - 1)}
-        for name, values in inputs.items():
-            if name not in shapes:
-                raise ValueError(f"the conditions are {', '.join(conditions)}, not {name}")
-            if tuple(np.shape(values)) != (count, *shapes[name]):
-                raise ValueError(f"{name} must have shape {(count, *shapes[name])}, got {tuple(np.shape(values))}")
-            if name in ranges and count:
-                (low, high), lowest, highest = ranges[name], np.min(values), np.max(values)
-                if not low <= lowest <= highest <= high:
-                    raise ValueError(f"{name} must be from {low} to {high}, got {lowest} to {highest}")
+    def checked_conditions(self, static_count, count, given):
+        """Every condition of as many slices, those that are given and the others, which are not known."""
+        table, conditions = self.conditioning.table, self.unknown(count)
+        for name, values in given.items():
+            if name not in table:
+                raise ValueError(f"the conditions are {', '.join(table)}, not {name}")
+            condition, values = table[name], tf.convert_to_tensor(values)
+            if values.dtype.is_floating:
+                values = tf.where(tf.math.is_nan(values), tf.cast(condition.unknown, values.dtype), values)
+            values = check_shape(name, values, (static_count, *condition.shape))
+            if condition.highest is not None:
+                check_integers(name, values, condition.unknown, condition.highest)
+            conditions[name] = tf.cast(values, condition.dtype)
+        return conditions
+
+    def loss_of(self, inputs, logits, sample_weight):
+        codes = inputs["codes"] if isinstance(inputs, dict) else inputs
+        return weighted_mean(tf.reduce_mean(nats(codes, logits), axis=(1, 2)), sample_weight)
+
+    def nll(self, codes, verbose=False, **conditions):
+        """-ln p of every code given the earlier ones and the conditions, see the class: float32 (B, h, w), nats."""
+        codes, conditions = self.checked({"codes": codes, **conditions})
+        return in_batches(self.nll_batch, {"codes": codes, **conditions}, verbose)
+
+    @tf.function(reduce_retracing=True)
+    def nll_batch(self, inputs):
+        return nats(inputs["codes"], self(inputs))
 
     def labels_of(self, slice_numbers):
         """Labels of the slice numbers of files: int (N,) -> int32 (N,); -1 for a number that the model has not."""
         return labels_of(slice_numbers, self.slice_numbers)
 
-    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
-        """Mean negative log-likelihood of the codes in x under the logits y_pred, nats a code."""
-        codes = x["codes"] if isinstance(x, dict) else x
-        return -tf.reduce_mean(tfp.distributions.Categorical(logits=y_pred).log_prob(codes))
+    def numbers_of(self, labels):
+        """The slice numbers that labels stand for: int (N,) -> int32 (N,); -1 for -1."""
+        return np.array([*self.slice_numbers, -1], np.int32)[labels]
 
-    def nll(self, codes, verbose=0, **conditions):
-        """-ln p of every code given the earlier ones and the conditions, see the class: float32 (B, h, w), nats."""
-        codes, conditions = self.split({"codes": codes, **conditions})
-        return in_batches(self.nll_batch, {"codes": codes, **conditions}, verbose)
-
-    @tf.function(reduce_retracing=True)
-    def nll_batch(self, inputs):
-        return -tfp.distributions.Categorical(logits=self(inputs)).log_prob(inputs["codes"])
-
-    def draw_scores(self, labels, seed, streams=None):
+    def draw_scores(self, labels, seed):
         """Scores of novel slices, see `HeadScores.draw`."""
-        return self.head_scores.draw(labels, seed, streams)
+        check_integer("seed", seed, 0, MAX_SEED)
+        return self.head_scores.draw(labels, seed)
 
-    def sample(self, num_samples, seed, temperature=1.0, known=None, streams=None, verbose=0, **conditions):
-        """Draw codes position by position, in raster order.
+    def sample(self, num_samples, seed, temperature=1.0, known=None, cached=None, verbose=False, **conditions):
+        """Draw codes position by position, in raster order. Picture n of a seed is the same however many are drawn.
 
         Args:
             num_samples: N.
-            seed: int.
-            temperature: divides the logits: 1 samples the model, less is more typical.
+            seed: int, from 0 to 2**31 - 1.
+            temperature: divides the logits: 1 samples the model, less is more typical; from 1e-6 to 1e6.
             known: int32 (N, h, w) of codes to keep, -1 where one is to be drawn; None draws all.
-            streams: int (N,), pictures of the same stream and seed have the same random numbers, whatever N is;
-                None numbers them from 0.
-            verbose: see `in_batches`.
+            cached: see `draw`.
+            verbose: whether there is a progress bar.
             conditions: see the class. With labels and without scores, scores are drawn first.
 
         Returns: int32 (N, h, w) in [0, K).
         """
-        if num_samples < 1:
-            raise ValueError(f"num_samples must be at least 1, got {num_samples}")
-        if temperature <= 0:
-            raise ValueError(f"temperature must be above 0, got {temperature}")
+        check_integer("num_samples", num_samples, 1, MAX_SEED)
+        check_integer("seed", seed, 0, MAX_SEED)
+        if not 1e-6 <= temperature <= 1e6:
+            raise ValueError(f"temperature must be from 1e-6 to 1e6, got {temperature}")
         known = np.full((num_samples, *self.grid), -1, np.int32) if known is None else known
-        streams = np.arange(num_samples) if streams is None else np.asarray(streams)
-        self.check(num_samples, known=known, **conditions)
+        known = check_shape("known", known, (num_samples, *self.grid))
+        check_integers("known", known, -1, self.num_embeddings - 1)
         if self.num_scores and "labels" in conditions and "scores" not in conditions:
-            conditions["scores"] = self.draw_scores(conditions["labels"], seed, streams)
+            self.checked_conditions(num_samples, num_samples, conditions)
+            conditions["scores"] = self.draw_scores(conditions["labels"], seed)
+        conditions = self.checked_conditions(num_samples, num_samples, conditions)
 
         def draw_batch(batch):
-            known, (blocks, places) = batch.pop("known"), np.divmod(batch.pop("streams"), STREAMS)
-            condition_map, codes = self.conditioning(**batch), np.empty(known.shape, np.int32)
-            for block in np.unique(blocks):  # one, where streams are numbered from 0
-                here, of_block = blocks == block, np.array([seed, block], np.int32)
-                codes[here] = self.draw(condition_map[here], known[here], places[here], of_block, temperature)
-            return codes
+            (number, *_), places = np.divmod(batch.pop("index"), self.BATCH)
+            return self.draw(batch, seed, temperature, places, number, cached)
 
-        inputs = self.conditioning.unknown(num_samples) | conditions
-        inputs |= {"known": known, "streams": streams.astype(np.int32)}
-        return in_batches(draw_batch, inputs, verbose, STREAMS)
+        inputs = {"known": known, "index": np.arange(num_samples), **conditions}
+        return in_batches(draw_batch, inputs, verbose, self.BATCH)
 
-    # The sampler. What it draws is what this draws:
-    #
-    #     for each position in raster order:
-    #         logits = pixelcnn({"codes": codes, **conditions})[position] / temperature
-    #         codes[position] = the known code, or else a draw from Categorical(logits)
-    #
-    # But of the network only what is new is computed [5]: the column of features at this position. What the masked
-    # convolutions see of earlier positions is read from a cache, and the row contexts have running sums. Of a block it
-    # needs `masked`, its one 3x3 convolution of type B, and `step`.
+    def draw(self, inputs, seed, temperature, places, batch=0, cached=None):
+        """`sample` of one batch: int32 (N, h, w) in [0, K).
+
+        Args: the codes that are known and all conditions; the seed; the temperature; places in the batch, int (N,):
+            pictures of one place have the same random numbers; the number of the batch; whether the sampler is the
+            cached one or the naive loop, by default the cached one wherever the network is one that it knows.
+        """
+        known, conditions = inputs["known"], {name: inputs[name] for name in self.conditioning.table}
+        condition_map = self.conditioning(**conditions)
+        if cached is None:
+            cached = CachedSampler.knows(self.network)
+        draw = self.cached_sampler.draw if cached else functools.partial(draw_naively, self.network)
+        return draw(condition_map, known, np.int32([seed, batch]), np.int32(places), np.float32(temperature))
+
+    @functools.cached_property
+    def cached_sampler(self):
+        return CachedSampler(self.network)
+
+    def sample_heads(self, count, seed, temperature=1.0, verbose=False):
+        """Draw whole heads from the lowest slice up, each slice given the one below: int32 (count, L, h, w)."""
+        if not self.below:
+            raise ValueError("the model knows nothing of the slice below: it cannot draw heads")
+        slices, known = [], {"below": np.full((count, *self.grid), -1, np.int32)}
+        scores = self.head_scores.draw_heads(count, seed) if self.num_scores else None
+        for label in tqdm(range(self.num_labels), unit="slice", disable=None if verbose else True):
+            known["labels"] = np.full(count, label, np.int32)
+            if self.num_scores:
+                known["scores"] = scores[:, label]
+            known["below"] = self.sample(count, (seed + 65537 * label) % 2**31, temperature, **known)
+            slices.append(known["below"])
+        return np.stack(slices, axis=1)
+
+
+def draw_naively(network, condition_map, known, seed, places, temperature):
+    """Draw the codes of one batch: for each position, in raster order, a pass of the whole network.
+
+    Args: the network; the map (N, h, w, C); codes to keep, -1 where one is to be drawn (N, h, w); the others see
+        `gumbel_noise`; the temperature.
+    """
+    codes = np.zeros_like(known)
+    for position, (row, column) in enumerate(np.ndindex(known.shape[1:])):
+        logits = network(codes, condition_map)[:, row, column] / temperature  # (N, K)
+        noise = gumbel_noise(seed, known[0].size, position, places, logits.shape[1])
+        drawn = np.argmax(logits + noise, axis=1)
+        codes[:, row, column] = np.where(known[:, row, column] < 0, drawn, known[:, row, column])
+    return codes
+
+
+def gumbel_noise(seed, num_positions, position, places, num_embeddings):
+    """Noise (N, K) at one position: the largest of logits + noise is a draw from Categorical(logits).
+
+    Unlike the noise of Categorical.sample, that of a picture does not depend on N.
+    Args: the seed and the number of the batch, int32 (2,); h w; the position; places in the batch, int32 (N,); K.
+    """
+    shape, tiny = (tf.reduce_max(places) + 1, num_embeddings), np.finfo(np.float32).tiny  # no ln 0
+    uniform = tf.random.stateless_uniform(shape, tf.stack([seed[0], seed[1] * num_positions + position]), minval=tiny)
+    return tfp.distributions.Gumbel(0.0, 1.0).quantile(tf.gather(uniform, places))
+
+
+# ---- The cached sampler [5] ----------------------------------------------------------
+
+
+class CachedSampler:
+    """Draws what `draw_naively` draws, and computes of a `PixelCNN` only what is new: the features at one position.
+
+    What the masked convolutions see of earlier positions is read from a cache, and row contexts have running sums.
+
+    Args:
+        network: a `PixelCNN` of nothing but residual blocks and row contexts.
+    """
+
+    def __init__(self, network):
+        self.network = network
+
+    @staticmethod
+    def knows(network):
+        return type(network) is PixelCNN and {type(layer) for layer in network.trunk} <= {ResidualBlock, RowContext}
 
     @tf.function(  # a batch of 1 that is known to be 1 would give the loop's variables shapes that change
-        input_signature=[tf.TensorSpec((None, None, None, None))]
-        + [tf.TensorSpec(shape, tf.int32) for shape in ((None, None, None), (None,), (2,))]
-        + [tf.TensorSpec(())]
+        input_signature=[
+            tf.TensorSpec((None, None, None, None)),
+            tf.TensorSpec((None, None, None), tf.int32),
+            tf.TensorSpec((2,), tf.int32),
+            tf.TensorSpec((None,), tf.int32),
+            tf.TensorSpec(()),
+        ]
     )
-    def draw(self, condition_map, known, streams, seed, temperature):
-        """`sample` of one block of streams, as one graph.
-
-        Args: the map of `conditioning`; codes to keep; streams in [0, STREAMS); the seed, and the number of the block;
-            the temperature.
-        """
-        count, (height, width), r = tf.shape(known)[0], self.grid, self.first.kernel_size // 2
-        codes = tf.fill((height + r, width + 2 * r, count), self.num_embeddings)  # padded as in the first layer
-        rows = tf.reshape(self.first.padded_kernel(), (-1, self.filters))
+    def draw(self, condition_map, known, seed, places, temperature):
+        """See `draw_naively`."""
+        network, (height, width), count = self.network, self.network.grid, tf.shape(known)[0]
+        blocks = [layer for layer in network.trunk if isinstance(layer, ResidualBlock)]
+        contexts = [layer for layer in network.trunk if isinstance(layer, RowContext)]
+        r, codes_seen = network.first.kernel_size // 2, network.first.taps
+        codes = tf.fill((height + r, width + 2 * r, count), network.num_embeddings)  # padded as in the first layer
+        rows = tf.reshape(network.first.padded_kernel(), (-1, network.filters))
         # The inputs of the masked 3x3 convolutions, (blocks, N, C / 2) a position, in this row and the one above,
         # which take turns. Both ends of a row stay zeros.
-        zeros = tf.zeros((2 * (width + 2), len(self.blocks), count, self.blocks[0].masked.kernel.shape[1]))
+        zeros = tf.zeros((2 * (width + 2), len(blocks), count, blocks[0].masked.kernel.shape[1]))
         cache = tf.TensorArray(tf.float32, 2 * (width + 2), clear_after_read=False).unstack(zeros)
-        kernels = [tf.stack([block.masked.kernel[tap] for block in self.blocks]) for tap in range(4)]
-        biases = tf.stack([tf.convert_to_tensor(block.masked.bias) for block in self.blocks])[:, None]
-        sums = tf.zeros((len(self.contexts), height, count, self.context_filters))  # of the contexts, for each row
+        kernels = [tf.stack([block.masked.kernel[tap] for block in blocks]) for tap in range(4)]
+        biases = tf.stack([tf.convert_to_tensor(block.masked.bias) for block in blocks])[:, None]
+        # The weighted sums of the row contexts, over the positions so far, for each row.
+        sums = tf.zeros((len(contexts), height, count, contexts[0].filters if contexts else 0))
 
         for position in tf.range(height * width):
             row, column = position // width, position % width
             this, above = (row % 2) * (width + 2) + column, ((row + 1) % 2) * (width + 2) + column
-            visible = tf.reshape(codes[row : row + r + 1, column : column + 2 * r + 1], (-1, count))
-            x = self.first.step(rows, visible[: self.first.taps]) + condition_map[:, row, column]
+            visible = tf.reshape(codes[row : row + r + 1, column : column + 2 * r + 1], (-1, count))[:codes_seen]
+            x = self.first_layer(rows, visible) + condition_map[:, row, column]
             neighbours = [cache.read(place) for place in (above, above + 1, above + 2, this)]
             earlier = biases + tf.add_n([tf.matmul(seen, kernel) for seen, kernel in zip(neighbours, kernels)])
             inputs, to_sums = [], []
-            for i, (block, from_earlier) in enumerate(zip(self.blocks, tf.unstack(earlier))):
-                if self.contexts and i % CONTEXT_EVERY == 0:
-                    context = len(to_sums)
-                    x, added = self.contexts[context].step(x, sums[context, row], row, column)
+            for layer in network.trunk:
+                if isinstance(layer, ResidualBlock):
+                    x, current = self.residual_block(layer, x, earlier[len(inputs)])
+                    inputs.append(current)
+                else:
+                    x, added = self.row_context(layer, x, sums[len(to_sums), row], row, column)
                     to_sums.append(added)
-                x, current = block.step(x, from_earlier)
-                inputs.append(current)
-            if self.contexts:
+            if contexts:
                 sums += tf.stack(to_sums)
             cache = cache.write(this + 1, tf.stack(inputs))
 
-            logits = self.logits(x) / temperature + self.gumbel_noise(streams, seed, position)
-            drawn = tf.argmax(logits, axis=-1, output_type=tf.int32)
-            chosen = tf.where(known[:, row, column] >= 0, known[:, row, column], drawn)
+            noise = gumbel_noise(seed, height * width, position, places, network.num_embeddings)
+            drawn = tf.argmax(network.logits(x) / temperature + noise, axis=-1, output_type=tf.int32)
+            chosen = tf.where(known[:, row, column] < 0, drawn, known[:, row, column])
             codes = tf.tensor_scatter_nd_update(codes, [[row + r, column + r]], [chosen])
 
         return tf.transpose(codes[r:, r : r + width], (2, 0, 1))
 
-    def gumbel_noise(self, streams, seed, position):
-        """Noise (N, K): the largest of logits + noise is a draw from Categorical(logits).
+    def first_layer(self, rows, visible):
+        """`MaskedCodeConv2D` at one position.
 
-        Unlike the noise of Categorical.sample, that of a stream does not depend on N. Args: see `draw`.
+        Args: its `padded_kernel` as rows (taps * (K + 1), C); the codes that it sees, K for "no code" (taps, N).
+        Returns: (N, C).
         """
-        shape, tiny = (tf.reduce_max(streams) + 1, self.num_embeddings), np.finfo(np.float32).tiny  # no ln 0
-        place = seed[1] * self.grid[0] * self.grid[1] + position
-        uniform = tf.random.stateless_uniform(shape, tf.stack([seed[0], place]), minval=tiny)
-        return tfp.distributions.Gumbel(0.0, 1.0).quantile(tf.gather(uniform, streams))
+        first = self.network.first
+        index = visible + (first.num_embeddings + 1) * tf.range(first.taps)[:, None]
+        return tf.reduce_sum(tf.gather(rows, index), axis=0) + first.bias
+
+    def residual_block(self, block, x, earlier):
+        """`ResidualBlock` at one position.
+
+        Args: x (N, C); what all earlier positions give to its masked convolution here (N, C / 2).
+        Returns: the output (N, C), and the input of the masked convolution here (N, C / 2).
+        """
+        current = tf.nn.relu(block.narrow(tf.nn.relu(x)))
+        hidden = earlier + tf.matmul(current, block.masked.kernel[-1])
+        return x + block.widen(tf.nn.relu(hidden)), current
+
+    def row_context(self, context, x, summary, row, column):
+        """`RowContext` at one position.
+
+        Args: x (N, C); the weighted sum over the rows above (N, filters); the position.
+        Returns: the output (N, C), and what this position adds to the sums of all rows (h, N, filters).
+        """
+        position = row * context.readout.shape[1] + column
+        weights = context.weights_above[:, position] * tf.constant(context.is_above)[:, position]  # (h, F)
+        added = weights[:, None] * context.narrow(x)
+        return x + tf.matmul(tf.nn.relu(summary), context.readout[row, column]) + context.bias, added
 
 
-# ---- Anomalies -----------------------------------------------------------------------
+# ---- Checks, batches, devices and the settings of Keras ------------------------------
+
+MAX_SEED = 2**31 - 1
 
 
-class AnomalyDetector:
-    """How unexpected each code and each pixel of a slice is, given the two networks of a run.
+def check_integer(name, value, low, high):
+    if not isinstance(value, numbers.Integral) or not low <= value <= high:
+        raise ValueError(f"{name} must be an integer from {low} to {high}, got {value}")
 
-    Three terms are strong on different changes; each is smoothed by a Gaussian:
-        surprise: -ln p of the codes given the slice's own scores [8]. Sees grey values in the wrong place, is blind to
-            what no code expresses.
-        residual: of the reconstruction. Sees texture that no code expresses, and little else.
-        level: z-score of the pixels among the training slices of the same label.
 
-    To be combined they need one unit: of each the map takes -ln p, p being the share of the validation slices'
-    pixels in which the term is higher, and of these the root of the sum of squares. It ranks pixels, and is no
-    probability. Nothing in it is tuned to a run.
+def check_shape(name, values, shape):
+    """A tensor of values, which must have this shape; None stands for any size."""
+    values = tf.convert_to_tensor(values)
+    if not values.shape.is_compatible_with(shape):
+        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(values.shape)}")
+    return tf.ensure_shape(values, shape)  # a graph may see it only when it runs
+
+
+def check_range(name, values, low, high, rounding=0):
+    """Refuse values beyond a range: a ValueError, or in a graph a tf.errors.InvalidArgumentError."""
+    lowest, highest, message = tf.reduce_min(values), tf.reduce_max(values), f"{name} must be from {low} to {high}"
+    is_inside = (lowest >= low - rounding) & (highest <= high + rounding)
+    if not tf.executing_eagerly():
+        tf.debugging.Assert(is_inside, [message, "lowest and highest:", lowest, highest])
+    elif not is_inside:
+        raise ValueError(f"{message}, got {lowest} to {highest}")
+
+
+def check_integers(name, values, low, high):
+    if not tf.as_dtype(values.dtype).is_integer:
+        raise ValueError(f"{name} must be integers, got {tf.as_dtype(values.dtype).name}")
+    check_range(name, values, low, high)
+
+
+def check_codes(codes, grid, num_embeddings):
+    """Codes as a tensor, int32 (B, h, w) in [0, K)."""
+    codes = check_shape("codes", codes, (None, *grid))
+    check_integers("codes", codes, 0, num_embeddings - 1)
+    return tf.cast(codes, tf.int32)
+
+
+def in_batches(function, inputs, verbose=False, size=256):
+    """Apply a function to one batch at a time; only the results need memory in proportion to N.
 
     Args:
-        vqvae, pixelcnn: the models.
-        train, validate: pairs of images, float32 (N, H, W, 1) in [0, 1], and labels, int32 (N,), -1 where not known.
-        mirror: whether the prior was fitted on mirrored slices; then surprise is the mean of both raster orders.
-        verbose: see `in_batches`.
+        function: a batch of the inputs -> an array or tensor, or a dictionary of them, with the batch first.
+        inputs: an array (N, ...), or a dictionary of such.
+        verbose: whether there is a progress bar. In a log there is none.
+        size: of a batch.
+
+    Returns: what the function returns, for all N, as NumPy arrays.
     """
+    inputs = tf.nest.map_structure(np.asarray, inputs)
+    starts = range(0, max(1, len(tf.nest.flatten(inputs)[0])), size)
+    results = []
+    for start in tqdm(starts, unit="batch", disable=None if verbose else True):
+        results.append(function(tf.nest.map_structure(lambda array, i=start: array[i : i + size], inputs)))
+    return tf.nest.map_structure(lambda *parts: np.concatenate(parts), *results)
 
-    SMOOTHING = 1 / 32  # of the side, standard deviation
-    SPREAD_FLOOR = 0.1  # least standard deviation of a z-score, in [0, 1] of the pixels: registration is no better
-    PERCENTILES = np.array([*range(100), 99.8])  # of a term; above the last its distribution is taken for exponential
-    SCORED = 0.01  # the score of a slice is the mean of this share of its pixels, the highest of the map
-    REDRAWN = 90  # percentile of the validation slices' nats above which a restoration draws a code anew
-    RESTORATIONS = 8
 
-    def __init__(self, vqvae, pixelcnn, train, validate, mirror, verbose=0):
-        self.vqvae, self.pixelcnn, self.mirror = vqvae, pixelcnn, mirror
-        images, labels = train
-        levels = [images[labels == label] for label in range(pixelcnn.num_labels)]
-        levels = [level if len(level) else images for level in levels] + [images]  # the last is for -1
-        self.mean = np.stack([level.mean(axis=0) for level in levels])
-        self.spread = np.maximum([level.std(axis=0) for level in levels], self.SPREAD_FLOOR)
+def set_up_devices():
+    """Prepare what TensorFlow runs on, before anything else does; returns a line that says what that is.
 
-        validate = dict(zip(("images", "labels"), validate))
-        normal = in_batches(lambda batch: self.measure(**batch), validate, verbose)
-        self.redraw_above = np.percentile(normal["nats"], self.REDRAWN)
-        self.tails = {name: self.tail(normal[name].numpy()) for name in ("surprise", "residual", "level")}
-        self.normal_scores = np.sort(self.score(self.combine(normal)))
+    On a GPU, memory is taken as it is needed, so that two processes can share a card, and products stay
+    in float32 (no TF32): nearest codes and likelihoods are to be those of a CPU.
+    """
+    tf.config.experimental.enable_tensor_float_32_execution(False)
+    gpus = tf.config.list_physical_devices("GPU")
+    if not gpus:
+        return "running on the CPU: TensorFlow sees no GPU"
+    with contextlib.suppress(RuntimeError):  # in a notebook where TensorFlow has started already
+        for gpu in gpus:
+            tf.config.experimental.set_memory_growth(gpu, True)
+    name = tf.config.experimental.get_device_details(gpus[0]).get("device_name", gpus[0].name)
+    others = f", the first of {len(gpus)}: CUDA_VISIBLE_DEVICES chooses another" if len(gpus) > 1 else ""
+    return f"running on one GPU, {name}{others}"
 
-    def nats(self, images, codes, labels):
-        """-ln p of the codes, given the labels and the slices' own scores: (N, h, w)."""
-        conditions = {"labels": labels}
-        if self.pixelcnn.num_scores:
-            conditions["scores"] = self.pixelcnn.head_scores.of(images)
-        return self.pixelcnn.nll(codes, **conditions).numpy()
 
-    def measure(self, images, labels):
-        """The labels, see `likeliest`; codes and their nats (N, h, w); and the terms of the map (N, H, W), by name."""
-        images = np.asarray(images)
-        codes = self.vqvae.encode(images)
-        labels = self.likeliest(images, codes, labels)
-        nats = self.nats(images, codes, labels)
-        orders = [nats]
-        if self.mirror:  # what comes last in one raster order comes first in the other
-            mirrored = images[:, ::-1]
-            orders.append(self.nats(mirrored, self.vqvae.encode(mirrored), labels)[:, ::-1])
-        terms = {
-            "surprise": tf.image.resize(np.mean(orders, axis=0)[..., None], images.shape[1:3]).numpy(),
-            "residual": np.abs(images - self.vqvae.decode(codes)),
-            "level": np.abs(images - self.mean[labels]) / self.spread[labels],
-        }
-        blur = self.SMOOTHING * images.shape[1]
-        terms = {name: ndimage.gaussian_filter(term[..., 0], blur, axes=(1, 2)) for name, term in terms.items()}
-        return {"labels": labels, "codes": codes, "nats": nats, **terms}
+@contextlib.contextmanager
+def keras_defaults():
+    """Inside, Keras uses its defaults, whatever the user configured: float32, the channels last, all epochs."""
+    defaults = {"floatx": "float32", "dtype_policy": "float32", "image_data_format": "channels_last"}
+    defaults |= {"max_epochs": None, "max_steps_per_epoch": None}
 
-    def tail(self, values):
-        """PERCENTILES of a term of the validation slices, and the mean excess over the last of those above it."""
-        percentiles = np.percentile(values, self.PERCENTILES)
-        beyond = values[values > percentiles[-1]] - percentiles[-1]
-        return percentiles, max(beyond.mean() if len(beyond) else 0.0, 1e-6)
+    def configure(settings):
+        for name, value in settings.items():
+            getattr(keras.config, f"set_{name}")(value)
 
-    def combine(self, terms):
-        """Root of the sum of the squared -ln p of the terms: {name: (N, H, W)} -> (N, H, W), at least 0."""
-        squares = 0
-        for name, (percentiles, excess) in self.tails.items():
-            body = np.interp(terms[name], percentiles, -np.log(1 - self.PERCENTILES / 100))
-            squares += np.square(body + np.maximum(terms[name] - percentiles[-1], 0) / excess)
-        return np.sqrt(squares).astype(np.float32)
-
-    def score(self, maps):
-        """Mean of the highest pixels of each map: (N, H, W) -> (N,)."""
-        highest = max(1, round(self.SCORED * maps[0].size))
-        return np.sort(maps.reshape(len(maps), -1), axis=1)[:, -highest:].mean(axis=1)
-
-    def likeliest(self, images, codes, labels):
-        """The labels, an unknown one replaced by that under which the codes are most probable: int32 (N,)."""
-        labels, unknown = np.array(labels, np.int32), np.flatnonzero(np.asarray(labels) < 0)
-        if len(unknown) and self.pixelcnn.num_labels:
-            images, codes = images[unknown], codes.numpy()[unknown]
-            candidates = [np.full(len(unknown), label) for label in range(self.pixelcnn.num_labels)]
-            nats = [self.nats(images, codes, candidate).mean(axis=(1, 2)) for candidate in candidates]
-            labels[unknown] = np.argmin(nats, axis=0)
-        return labels
-
-    def restore(self, codes, labels, nats, seed):
-        """Mean of RESTORATIONS of each slice, in which codes that surprise are drawn anew [8]: (N, H, W)."""
-        known = np.where(nats > self.redraw_above, -1, codes)
-        known, labels = (np.repeat(values, self.RESTORATIONS, axis=0) for values in (known, labels))
-        streams = np.tile(np.arange(self.RESTORATIONS), len(codes))
-        # Without scores: those of a changed slice would bring the change back.
-        scores = np.full((len(known), self.pixelcnn.num_scores), np.nan, np.float32)
-        drawn = self.pixelcnn.sample(len(known), seed, known=known, streams=streams, labels=labels, scores=scores)
-        restored = self.vqvae.decode(drawn).numpy()[..., 0]
-        return restored.reshape(len(codes), self.RESTORATIONS, *restored.shape[1:]).mean(axis=1)
-
-    def examine(self, images, labels, seed, verbose=0):
-        """The maps of slices.
-
-        Args: images, float32 (N, H, W, 1) in [0, 1]; labels, int32 (N,), -1 where not known; seed of the
-            restorations, which are for the eye and not in the map; verbose, see `in_batches`.
-        Returns: {"labels": int32 (N,), the likeliest where not known, "surprise": nats of the codes in raster order
-            (N, h, w), "restored": (N, H, W), "anomaly_map": (N, H, W), "score": (N,), "percentile": (N,), of the
-            validation slices that score lower}.
-        """
-
-        def examine_batch(batch):
-            found = self.measure(**batch)
-            maps = self.combine(found)
-            score = self.score(maps)
-            return {
-                "labels": found["labels"],
-                "surprise": found["nats"],
-                "restored": self.restore(found["codes"], found["labels"], found["nats"], seed),
-                "anomaly_map": maps,
-                "score": score,
-                "percentile": 100 * np.searchsorted(self.normal_scores, score) / len(self.normal_scores),
-            }
-
-        found = in_batches(examine_batch, {"images": images, "labels": labels}, verbose, 256 // self.RESTORATIONS)
-        return {name: values.numpy() for name, values in found.items()}
+    before = {name: getattr(keras.config, name)() for name in defaults}
+    configure(defaults)
+    try:
+        yield
+    finally:
+        configure(before)

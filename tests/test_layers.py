@@ -42,12 +42,13 @@ def numbers():
     """What both models make of the same images, the VQ-VAE after a step of training."""
     keras.utils.set_random_seed(0)
     vqvae = modules.VQVAE(8, 4, image_size=16, filters=(4, 4), encoder_blocks=1, decoder_blocks=1)
-    pixelcnn = modules.PixelCNN(8, (4, 4), 8, 2, dropout=0.1, context_filters=4, num_labels=2, below=True)
+    network = modules.PixelCNN(8, (4, 4), 8, 2, dropout=0.1, between=[modules.RowContext(4, dtype="float32")])
+    prior = modules.Prior(network, range(2), below=True)
     images = np.random.default_rng(0).random((6, 16, 16, 1)).astype("float32")
     vqvae.compile(keras.optimizers.Adam(1e-3), run_eagerly=True)
     vqvae.fit(images, verbose=0)
     codes = vqvae.encode(images)
-    return [codes, vqvae.decode(codes), pixelcnn(codes), pixelcnn.sample(3, seed=0, labels=np.zeros(3, np.int32))]
+    return [codes, vqvae.decode(codes), prior(codes), prior.sample(3, seed=0, labels=np.zeros(3, np.int32))]
 
 
 @pytest.fixture(scope="module")
