@@ -1,7 +1,7 @@
 """`dataset.py --from`: made-up heads, written in each form in which OASIS-1 can be had, come back as course slices."""
 
 import dataclasses
-import functools
+import os
 
 import dataset
 
@@ -25,7 +25,6 @@ def centred(count, mm=1.0):
     return (np.arange(count) - (count - 1) / 2) * mm
 
 
-@functools.cache
 def as_stored(kind):
     """The head on the grid of a source: of a volume, or (61, 248, 496) for the pictures 100 to 160."""
     order, *axes = [
@@ -49,53 +48,37 @@ def write(folder, kind, array, case=1, visit=1, scan=1):
         images = {path: nibabel.Nifti1Image((array / 2000).astype("float32"), np.diag([-1, 1, -1, 1]))}
     else:
         pictures = [Image.fromarray((picture / 8).astype("uint8")).convert("RGB") for picture in array]
-        prefix = folder / "Non Demented" / f"{session}_mpr-{scan}"
-        images = {prefix.with_name(f"{prefix.name}_{100 + i}.jpg"): picture for i, picture in enumerate(pictures)}
+        images = {folder / "Demented" / f"{session}_mpr-{scan}_{i}.jpg": image for i, image in enumerate(pictures, 100)}
     for path, image in images.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         image.save(path) if kind == 2 else nibabel.save(image, path)
     return path
 
 
-def distance(folder, kind):
-    """Mean distance in grey levels of the pictures of the head in `folder` from what they should be."""
-    source, heads = dataset.find_heads(folder)
-    pictures = dataset.head_slices(heads[1], source).numpy()
-    assert source.name == NAMES[kind] and pictures.shape == (32, 256, 256) and pictures.dtype == np.uint8
+@pytest.mark.parametrize("kind", range(3), ids=NAMES)
+def test_a_head_comes_back_with_its_slices_and_orientation_on_one_grey_scale(kind, tmp_path):
     mm = centred(256, [208 / 256, 208 / 256, 1][kind])
     z, x, y = np.meshgrid(np.arange(32), mm, mm, indexing="ij")
-    expected = head(x, y, z)
     in_file = (np.abs(x) < [88, 80, 80][kind]) & (np.abs(y) < [104, 112, 128][kind])
-    white = np.percentile(expected[in_file], 99.9)  # one for all slices
-    return np.abs(pictures - 255 * (expected / white).clip(0, 1)).mean()
+    expected = head(x, y, z) / np.percentile(head(x, y, z)[in_file], 99.9)  # one white for all slices
 
+    def distance(array):
+        write(tmp_path, kind, array)
+        source, heads = dataset.find_heads(tmp_path)
+        pictures = dataset.head_slices(heads[1], source).numpy()
+        assert source.name == NAMES[kind] and pictures.shape == (32, 256, 256) and pictures.dtype == np.uint8
+        return np.abs(pictures - 255 * expected.clip(0, 1)).mean()
 
-@pytest.mark.parametrize("kind", range(3), ids=NAMES)
-def test_a_head_comes_back_at_its_levels_in_its_orientation_on_one_grey_scale(kind, tmp_path):
-    write(tmp_path, kind, as_stored(kind))
-    assert distance(tmp_path, kind) < 0.5
-
-
-WRONG = {
-    "facing left": lambda array: array[:, ::-1],
-    "mirrored": lambda array: array[::-1],
-    "upside down": lambda array: array[..., ::-1],
-    "a level too high": lambda array: np.roll(array, 1, 2),
-    "swapped axes": lambda array: array.transpose(2, 1, 0),
-    "one grey scale a slice": lambda array: array * (1500 / array.max((0, 1)).clip(1)),
-}
-
-
-@pytest.mark.parametrize("change", WRONG.values(), ids=WRONG)
-def test_the_test_above_sees_a_wrong_axis(change, tmp_path):
-    write(tmp_path, 0, change(as_stored(0)))
-    assert distance(tmp_path, 0) > 0.5
+    array = as_stored(kind)
+    assert distance(array) < 0.5
+    if kind == 0:  # controls: turned, mirrored, upside down, a slice too high, along wrong axes, a grey scale a slice
+        wrong = [array[:, ::-1], array[::-1], array[..., ::-1], np.roll(array, 1, 2), array.transpose(2, 1, 0)]
+        assert min(map(distance, [*wrong, array * (1500 / array.max((0, 1)).clip(1))])) > 0.5
 
 
 @pytest.fixture
 def arrays(monkeypatch):
-    """A small head for each source; `dataset` expects heads of that size."""
-    shapes = [(18, 21, 110), (16, 110, 22), (25, 50)]
+    shapes = [(18, 21, 110), (16, 110, 22), (25, 50)]  # small heads, as which `dataset` expects them
     small = [dataclasses.replace(source, shape=shape) for source, shape in zip(dataset.SOURCES, shapes)]
     monkeypatch.setattr(dataset, "SOURCES", small)
     return [np.random.default_rng(0).integers(100, 2000, shape) for shape in (*shapes[:2], (61, 25, 50))]
@@ -104,20 +87,20 @@ def arrays(monkeypatch):
 @pytest.mark.parametrize("kind", range(3), ids=NAMES)
 def test_a_folder_is_made_of_one_head_a_subject(kind, arrays, tmp_path, capsys):
     oasis, target = tmp_path / "oasis", tmp_path / "keras_png_slices_data"
-    for case in (2, 30, 7, 401):
-        write(oasis, kind, arrays[kind], case)
+    for case, folder in (2, oasis), (30, oasis), (7, oasis), (401, tmp_path / "other"):
+        write(folder, kind, arrays[kind], case)
+    (oasis / "link").symlink_to(tmp_path / "other")
+    (oasis / "loop").symlink_to(oasis)
     write(oasis, kind, arrays[kind] // 4, 7, visit=2)
     write(oasis, kind, arrays[kind], 30, scan=2)  # a volume is of all scans, so that this is the same file
     assert dataset.main(["--from", str(oasis), str(target)]) == 0
-    left_out = f"4 heads of {NAMES[kind]}; left out: 1 second visits, {int(kind == 2)} repeated scans"
-    assert left_out in capsys.readouterr().out
-    assert sorted(tmp_path.iterdir()) == [target, oasis]
+    assert f"4 heads of {NAMES[kind]}; left out: 1 second visits, {int(kind == 2)} repeated" in capsys.readouterr().out
+    assert sorted(tmp_path.iterdir()) == [target, oasis, tmp_path / "other"]
     splits = dataset.load(target)
-    cases = {name: sorted(set(split.cases.tolist())) for name, split in splits.items()}
-    assert cases == {"train": [2, 7], "validate": [30], "test": [401]}
+    cases = {name: {*split.cases} for name, split in splits.items()}
+    assert cases == {"train": {2, 7}, "validate": {30}, "test": {401}}
     assert all(split.slice_numbers.tolist() == list(range(32)) * split.subjects for split in splits.values())
-    pictures = splits["train"].images
-    assert np.array_equal(pictures[:32], pictures[32:])  # of the first visit, not of the second
+    assert np.array_equal(*np.split(splits["train"].images, 2))  # of the first visit, not of the second
 
 
 @pytest.mark.parametrize("count", [3, 4, 10, 15, 39, 416])
@@ -129,56 +112,54 @@ def test_splits_hold_about_a_tenth_and_every_subject_once(count):
 
 
 def test_of_single_slices_the_highest_32_that_are_there_are_taken(arrays, tmp_path):
-    levels = np.arange(61)
-    path = write(tmp_path, 2, 8 * 4 * np.ones_like(arrays[2]) * levels[:, None, None])  # the higher the brighter
+    numbers = np.arange(61)
+    path = write(tmp_path, 2, 8 * 4 * np.ones_like(arrays[2]) * numbers[:, None, None])  # the higher the brighter
     path.with_name(path.name.replace("160", "150")).unlink()
     source, heads = dataset.find_heads(tmp_path)
-    middle = dataset.head_slices(heads[1], source)[:, 128, 128]
-    np.testing.assert_allclose(middle, 255 / 60 * np.delete(levels, 50)[-32:], atol=2)
+    pictures = dataset.head_slices(heads[1], source)
+    np.testing.assert_allclose(pictures[:, 128, 128], 255 / 60 * np.delete(numbers, 50)[-32:], atol=2)
+
+
+def of(value, dtype):  # put such voxels into a volume
+    return lambda path: nibabel.save(nibabel.Nifti1Image(np.full((16, 110, 22), value, dtype), np.eye(4)), path)
 
 
 BROKEN = {  # source, what is done to a file of the second head, what the message says
     "a cut disc": (0, lambda path: cut(path.with_suffix(".img")), "cannot be read"),
-    "no image beside a header": (0, lambda path: path.with_suffix(".img").unlink(), "cannot be read"),
     "a cut NIfTI": (1, cut, "cannot be read"),
     "a cut JPEG": (2, cut, "mpr-1_160.jpg cannot be read"),
     "few JPEGs": (2, lambda path: [p.unlink() for p in sorted(path.parent.glob("*_0002_*"))[31:]], "31 slices, not 32"),
+    "RGB": (1, of(0, [("R", "u1"), ("G", "u1"), ("B", "u1")]), "has voxels that are not numbers, or not one each"),
+    "complex": (1, of(1, "complex64"), "has voxels that are not numbers, or not one each"),
+    "NaN": (1, of(np.nan, "float32"), "has voxels that are not numbers"),
 }
 
 
 @pytest.mark.parametrize("kind, damage, message", BROKEN.values(), ids=BROKEN)
 def test_a_broken_file_is_named_and_nothing_is_left(kind, damage, message, arrays, tmp_path, refuse):
     damage([write(tmp_path / "oasis", kind, arrays[kind], case) for case in (1, 2, 3)][1])
-    arguments = ["--from", tmp_path / "oasis", tmp_path / "slices"]
-    refuse(dataset, arguments, "OAS1_0002_MR1", message, "download it again")
-    assert [path.name for path in tmp_path.iterdir()] == ["oasis"]
+    told = refuse(dataset, ["--from", tmp_path / "oasis", tmp_path / "slices"], "OAS1_0002_MR1", message)
+    assert told.endswith(("download it again", "take it out of the folder")) and os.listdir(tmp_path) == ["oasis"]
 
 
 def test_what_else_is_refused(arrays, tmp_path, refuse, capsys, monkeypatch):
-    oasis, target = tmp_path / "oasis", tmp_path / "slices"
-
-    def refused(*expected, folder=oasis, target=target):
-        refuse(dataset, ["--from", folder, target], *expected)
-        assert not list(tmp_path.rglob("*.p*"))  # no .partial, no .png
-
-    refused("--from", "nowhere: no such folder", folder=tmp_path / "nowhere")
+    oasis, target, link = tmp_path / "oasis", tmp_path / "slices", tmp_path / "oasis" / "disc2"
+    both = "--from", oasis, target
+    refuse(dataset, both, f"--from {oasis}: no such folder")
     oasis.mkdir()
-    refused("nothing known", "t88_masked_gfc", "aligned_norm.nii.gz", "mpr-1_100.jpg")
-    for case in (1, 2):
-        write(oasis, 0, arrays[0], case)
-    refused("only 2 subject(s)", "add another disc")
-    write(oasis, 0, arrays[0][:-1], 3)
-    refused("OAS1_0003", "(17, 21, 110, 1)", "not (18, 21, 110)")
-    write(oasis, 0, 0 * arrays[0], 3)
-    refused("OAS1_0003", "no brain in it")
+    refuse(dataset, both, "nothing known", "t88_masked_gfc", "aligned_norm.nii.gz", "mpr-1_100.jpg")
+    path, _ = (write(oasis, 0, arrays[0], case) for case in (1, 2))
+    refuse(dataset, both, "only 2 subject(s)", "add another disc")
+    for wrong, expected in (arrays[0][:-1], "(17, 21, 110, 1), not (18, 21, 110)"), (0 * arrays[0], "no brain in it"):
+        write(oasis, 0, wrong, 3)
+        refuse(dataset, both, "OAS1_0003", expected)
     write(oasis, 0, arrays[0], 3)
-    (tmp_path / "file").write_text("no folder")
-    refused("cannot be written", target=tmp_path / "file" / "slices")
-    (tmp_path / "file").unlink()
-    with monkeypatch.context() as stopped:
-        stopped.setattr(dataset, "head_slices", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
-        assert dataset.main(["--from", str(oasis), str(target)]) == 130
+    refuse(dataset, ["--from", oasis, path / "slices"], "cannot be written")
+    monkeypatch.setattr(dataset, "head_slices", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert dataset.main(list(map(str, both))) == 130
     assert capsys.readouterr().err == "dataset.py: stopped; give the same command again\n"
-    assert list(tmp_path.iterdir()) == [oasis]
+    assert list(tmp_path.iterdir()) == [oasis]  # no .partial, no slices
+    link.symlink_to("gone")
+    refuse(dataset, both, f"{link}: No such file or directory")
     target.mkdir()
-    refused(f"{target} exists", "delete it")
+    refuse(dataset, both, f"{target} exists", "delete it")
