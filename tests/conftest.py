@@ -25,9 +25,9 @@ import keras
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 # Small enough for seconds on a CPU, and every part of the default networks is in it.
 TINY = [
-    *("--num-embeddings", "16", "--filters", "4", "8", "--decoder-blocks", "1", "--vqvae-epochs", "3"),
-    *("--pixelcnn-filters", "8", "--pixelcnn-blocks", "2", "--pixelcnn-epochs", "3"),
-    *("--vqvae-batch-size", "32", "--pixelcnn-batch-size", "32", "--augmentations", "2", "--scores", "4"),
+    *("--vqvae-num-embeddings", "16", "--vqvae-filters", "4", "8", "--vqvae-decoder-blocks", "1"),
+    *("--vqvae-epochs", "3", "--vqvae-batch-size", "32", "--augmentations", "2", "--scores", "4"),
+    *("--pixelcnn-filters=8", "--pixelcnn-residual-blocks=2", "--pixelcnn-epochs=3", "--pixelcnn-batch-size=32"),
 ]
 TRAINED = ["config.json"] + [f"{name}{end}" for name in ("vqvae", "pixelcnn")
                              for end in (".keras", "_history.csv", "_loss.png")]  # fmt: skip

@@ -1,6 +1,7 @@
 """What a user can get wrong: each ends with one line that names the file or flag and the remedy."""
 
 import dataclasses
+import errno
 import os
 import pathlib
 import re
@@ -31,10 +32,12 @@ FLAGS = {
     "demo and data": (train, "--demo --data here", "--demo", "--data", "leave out"),
     "half an epoch": (train, "--vqvae-epochs 1.5", "--vqvae-epochs", "1.5"),
     "odd filters": (train, "--pixelcnn-filters 63", "--pixelcnn-filters", "even", "63"),
-    "too many halvings": (train, "--filters 8 8 8 8 8 8 8", "--filters", "64", "7"),
+    "too many halvings": (train, "--vqvae-filters 8 8 8 8 8 8 8", "--vqvae-filters", "64", "7"),
+    "no folder of slices": (train, "--data=", "--data", "empty"),
+    "no folder of a run": (predict, "--run=", "--run", "empty"),
     "temperature 0": (predict, "--temperature 0", "--temperature", "from 0.01 to 100", "not 0"),
     "temperature nan": (predict, "--temperature nan", "--temperature", "nan"),
-    "one sample has no covariance": (predict, "--num-samples 1", "--num-samples", "from 2", "not 1"),
+    "no samples": (predict, "--num-samples 0", "--num-samples", "from 1", "not 0"),
     "no heads": (predict, "--heads 0", "--heads", "from 1", "not 0"),
     "two slice numbers for all": (predict, "--anomalies x --slice 1 2", "one number"),
     "anomalies and completions": (predict, "--anomalies x --complete", "leave out"),
@@ -99,7 +102,7 @@ def trained(fresh, tmp_path_factory):
     run.folder.mkdir()
     run.start(SETTINGS, place / "data", dataset.fingerprint(dataset.load(place / "data")), False)
     run.finish("vqvae", train.make_vqvae(SETTINGS), {})
-    finish_pixelcnn(run.folder, train.make_pixelcnn(SETTINGS, range(2), below=True))
+    finish_pixelcnn(run.folder, train.make_prior(SETTINGS, range(2), below=True))
     return place
 
 
@@ -110,11 +113,11 @@ def finish_pixelcnn(folder, model):
 
 
 def later_version(run):
-    """A PixelCNN of whose class an argument is not known here."""
-    get_config = modules.PixelCNN.get_config
+    """A prior of whose class an argument is not known here."""
+    get_config = modules.Prior.get_config
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(modules.PixelCNN, "get_config", lambda model: {**get_config(model), "wings": 2})
-        finish_pixelcnn(run, modules.PixelCNN(4, (2, 2), filters=2, residual_blocks=1))
+        patched.setattr(modules.Prior, "get_config", lambda model: {**get_config(model), "wings": 2})
+        finish_pixelcnn(run, train.make_prior(SETTINGS))
 
 
 def another_vqvae(run):
@@ -123,10 +126,10 @@ def another_vqvae(run):
 
 
 def damage(path):
-    """Change some bytes in the middle of a file, as a failing disk does."""
+    """Change a byte in the middle of a file, as a failing disk does, and some beside it."""
     content = bytearray(path.read_bytes())
-    for i in range(len(content) // 2, len(content) // 2 + 16):
-        content[i] ^= 0xFF
+    middle = slice(len(content) // 2, len(content) // 2 + 16)
+    content[middle] = bytes(255 - byte for byte in content[middle])
     path.write_bytes(content)
 
 
@@ -141,15 +144,14 @@ def without(word):
     return lambda path: path.write_text(path.read_text().replace(f'"{word}": {{', '"other": {'))
 
 
-def leave_one(folder):
-    """A slice, for the Frechet distance needs a covariance."""
-    for path in sorted(folder.iterdir())[1:]:
-        path.unlink()
+def of_another_vqvae(path):
+    """What a stopped training goes on from, as that of a stage on the codes of another VQ-VAE."""
+    rows = str(np.load(path)["rows"]).replace("{}", '{"vqvae": "another"}', 1)
+    np.savez(path, **{**np.load(path), "rows": rows})
 
 
 TRAIN, VALIDATE, TEST = (f"data/keras_png_slices_{split}" for split in dataset.SPLITS)
 FIRST, SLICE = f"{TRAIN}/case_001_slice_0.nii.png", f"{TEST}/case_441_slice_0.nii.png"
-AGAIN = f"{TEST}/case_00001_slice_0.png"
 CONFIG, LAST, VQVAE, PIXELCNN = "run/config.json", "run/vqvae_last.npz", "run/vqvae.keras", "run/pixelcnn.keras"
 BROKEN, NOT_THE_MODEL = ("{path} is broken", "delete it"), ("{path} is not the model", "restore", "another --run")
 OTHER_DATA = ("{run}", "another --run", "restore")
@@ -162,12 +164,11 @@ REFUSED = {
     "empty validate folder": (train, "fresh", VALIDATE, make_folder, "{path}", "seg_", "unzip"),
     "damaged PNG": (train, "fresh", FIRST, damage, "1 unreadable", "{path}", "restore or delete"),
     "link to nothing": (train, "fresh", f"{TRAIN}/a.png", lambda p: p.symlink_to("gone"), "1 unreadable", "{path}"),
-    "in two splits": (train, "fresh", AGAIN, Image.new("L", (8, 8)).save, "case_001", "train and test", "remove"),
     "one subject and no validate folder": (
         *(train, "fresh", "data", lambda p: [shutil.rmtree(p), write_data(p, train=[1], test=[441])]),
         *("one subject", "validate", "add"),
     ),
-    "train in a file": (train, "fresh", "run", pathlib.Path.touch, "{path} cannot be written", "File exists", "mend"),
+    "train in a file": (train, "fresh", "run", pathlib.Path.touch, "{path} cannot be written", "File exists", "fix"),
     "a file for a run": (predict, "fresh", "run", pathlib.Path.touch, "--run {path}", "train.py"),
     "an earlier version": (train, "stopped", CONFIG, without("finished"), "{path} is broken"),
     "a slice less": (train, "stopped", SLICE, os.unlink, "other test", *OTHER_DATA),
@@ -178,6 +179,7 @@ REFUSED = {
     "arrays without bytes": (train, "stopped", LAST, lambda p: cut(p, 0), *BROKEN),
     "an array less": (train, "stopped", LAST, lambda p: np.savez(p, **dict([*np.load(p).items()][:-1])), *BROKEN),
     "another shape": (train, "stopped", LAST, lambda p: np.savez(p, **{**np.load(p), "last1": np.zeros(7)}), *BROKEN),
+    "another stage": (train, "stopped", LAST, of_another_vqvae, "{path} was fitted on the codes of another", "delete"),
     "no config.json": (train, "trained", CONFIG, os.unlink, "{run}", ".keras", "config.json", "another --run"),
     "no VQ-VAE": (train, "trained", VQVAE, os.unlink, *NOT_THE_MODEL),
     "damaged VQ-VAE": (train, "trained", VQVAE, damage, *NOT_THE_MODEL),
@@ -186,14 +188,9 @@ REFUSED = {
     "cut PixelCNN": (predict, "trained", PIXELCNN, cut, *NOT_THE_MODEL),
     "later version": (predict, "trained", "run", later_version, "{path}/pixelcnn.keras is of another version", "wings"),
     "config.json cut": (predict, "trained", CONFIG, cut, "{path} is", "delete"),
-    "another VQ-VAE": (
-        *(predict, "trained", "run", another_vqvae),
-        *("{path}/pixelcnn", "another vqvae.keras", "another --run"),
-    ),
-    "config.json a folder": (predict, "trained", CONFIG, make_folder, "{path}", "directory", "mend"),
-    "a model is a folder": (predict, "trained", VQVAE, make_folder, "{path}", "directory", "mend"),
-    "one training slice": (predict, "trained", TRAIN, leave_one, "keras_png_slices_train", "2", "add"),
-    "one test slice": (predict, "trained", TEST, leave_one, "keras_png_slices_test", "2", "add"),
+    "another VQ-VAE": (predict, "trained", "run", another_vqvae, "{path}/pixelcnn", "another vqvae", "another --run"),
+    "config.json a folder": (predict, "trained", CONFIG, make_folder, "{path}", "directory", "fix"),
+    "a model is a folder": (predict, "trained", VQVAE, make_folder, "{path}", "directory", "fix"),
 }
 
 
@@ -219,9 +216,9 @@ def test_what_cannot_be_trained_on_or_gone_on_with_or_measured_is_refused(row, r
 
 def test_all_unreadable_files_are_counted_and_ten_named(data, refuse, tmp_path):
     """Twelve broken in four ways, PNGs and JPEGs, among as many whole ones."""
-    folder = data / "keras_png_slices_train"
-    endings = ["png"] * 6 + ["jpg"] * 6
-    whole, broken = ([folder / f"case_{case:03d}_slice_{i}.{end}" for i, end in enumerate(endings)] for case in (1, 2))
+    folder, endings = data / "keras_png_slices_train", enumerate(["png"] * 6 + ["jpg"] * 6, start=2)
+    names = [f"slice_{number}.{ending}" for number, ending in endings]
+    whole, broken = ([folder / f"case_{case:03d}_{name}" for name in names] for case in (1, 2))
     write_slices(folder, [path.name for path in whole + broken])
     ways = cut, lambda p: cut(p, 0), lambda p: p.write_text("text"), make_folder
     for i, path in enumerate(broken):
@@ -231,7 +228,7 @@ def test_all_unreadable_files_are_counted_and_ten_named(data, refuse, tmp_path):
     assert not any(str(path) in line for path in whole + broken[10:])
 
 
-@pytest.mark.parametrize("flags", ["--seed 1", "--filters 8 16", "--no-mirror"])
+@pytest.mark.parametrize("flags", ["--seed 1", "--vqvae-filters 8 16", "--no-mirror"])
 def test_other_settings_are_refused_by_name(flags, stopped, refuse):
     flag = flags.split()[0].replace("--no-", "--")
     expected = f"{stopped}/run", f"{flag} ", "choose another --run"
@@ -254,6 +251,25 @@ def test_a_run_has_one_writer_and_one_that_was_killed_leaves_no_lock(trained, re
     assert train.main(arguments(train, trained)) == 0  # finished, and free again
 
 
+@pytest.mark.filterwarnings("ignore:flock not supported")
+def test_a_lock_that_cannot_be_had_is_not_one_that_is_held(trained, refuse, monkeypatch):
+    """Where a mount has none, filelock makes the file itself the lock. An empty one, copied with a run, is free."""
+    lock = trained / "run/.lock"
+
+    def fail(number):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", lambda *arguments: fail(errno.ENOLCK))
+    refuse(train, arguments(train, trained), f"{lock} cannot be written ({os.strerror(errno.ENOLCK)})")
+    monkeypatch.setattr("fcntl.flock", lambda *arguments: fail(errno.ENOSYS))
+    lock.write_text("7\nelsewhere\n")
+    for script in (train, predict):
+        whose = f"--run {trained}/run is being written by process 7 on elsewhere"
+        refuse(script, arguments(script, trained), whose, f"if that process is gone, delete {lock}")
+    lock.write_text("")
+    assert train.main(arguments(train, trained)) == 0 and not lock.exists()
+
+
 def test_a_home_is_found_and_other_libraries_are_refused(refuse, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     refuse(train, ["--data=~/none", "--run=~/run"], f"{tmp_path}/none: no such folder", "--data")
@@ -270,7 +286,7 @@ def test_what_a_run_cannot_draw_is_refused(trained, refuse, tmp_path):
     for number in (2, -1):
         refuse(predict, [*gone, "--slice", 1, number], f"--slice {number}", "slice numbers 0, 1")
     refuse(predict, [*gone, "--slice", 0, 1], "gone: no such folder")  # control
-    finish_pixelcnn(run, train.make_pixelcnn(SETTINGS))
+    finish_pixelcnn(run, train.make_prior(SETTINGS))
     refuse(predict, [*gone, "--slice", 0], "--slice 0", "no slice numbers")
     refuse(predict, [*gone, "--heads", 1], "--heads", "without --no-below")
 
