@@ -3,8 +3,8 @@
     python tests/bench.py                                 # everything
     python tests/bench.py --only a b                      # sampling alone
 
-(a) sampling 50 pictures, against one `predict` of the same network for every grid position
-(b) sampling 256 pictures, in compiled forward passes of the same network over 256 pictures
+(a) the cached sampler's 50 pictures, against one `predict` of the same network for every grid position
+(b) the cached sampler's 256 pictures, in compiled forward passes of the same network over 256 pictures
 (c) what is written otherwise than in a textbook, forwards and backwards, against the textbook's form
 
 A time is the median of a few repetitions, which take turns (A B A B), after one that does not
@@ -16,6 +16,7 @@ import math
 import os
 import pathlib
 import platform
+import re
 import sys
 import time
 
@@ -24,6 +25,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import modules
 import train
 
+import keras
 import numpy as np
 import tensorflow as tf
 import tensorflow_probability as tfp
@@ -56,47 +58,36 @@ def compare(what, ours, against, theirs, unit=None, scale=1):
     turns = np.array([*turns[1:], np.median(turns[1:], axis=0)])
     *ratios, ratio = turns[:, 0] / turns[:, 1] if unit else turns[:, 1] / turns[:, 0]
     ours, theirs = (f"{number(median)} s" for median in turns[-1])
-    spread = f"({number(min(ratios))} to {number(max(ratios))})"
-    print_row(what, ours, against, theirs, f"{number(ratio)}{unit or 'x'} {spread}")
-
-
-def print_header(devices):
-    info = pathlib.Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    processors = [line.split(": ")[1] for line in lines if line.startswith("model name")] or [platform.processor()]
-    print(f"{processors[0]}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the start")
-    print(devices)
-    print(", ".join(f"{library} {version}" for library, version in train.library_versions().items()))
-    print(f"medians of {REPETITIONS} repetitions in turns\n")
-    print_row()
+    print_row(
+        what, ours, against, theirs, f"{number(ratio)}{unit or 'x'} ({number(min(ratios))} to {number(max(ratios))})"
+    )
 
 
 def bench_sampling(settings, parts):
     """(a) and (b) for the prior of a run on 32 slices a head."""
-    model = train.make_pixelcnn(settings, range(32) if settings.labels else (), settings.below)
-    (height, width), size = model.grid, math.prod(model.grid)
-    name = f"{height}x{width}, K={model.num_embeddings}, {model.filters} filters"
-    positions = range(0, size, EVERY)
+    prior = train.make_prior(settings, range(32) if settings.labels else (), settings.below)
+    (height, width), size = prior.grid, math.prod(prior.grid)
+    name = f"{height}x{width}, K={prior.num_embeddings}, {prior.network.filters} filters"
+    positions, labels = range(0, size, EVERY), prior.labels_of(np.arange(256) % 32)
 
     def sample(count):
-        return model.sample(count, seed=0, labels=labels[:count])
+        return prior.sample(count, seed=0, cached=True, labels=labels[:count])
 
     def predict_per_position():
         codes = np.zeros((50, height, width), "int32")
         for position in positions:
-            logits = model.predict({"codes": codes, "labels": labels[:50]}, verbose=0)
+            logits = prior.predict({"codes": codes, "labels": labels[:50]}, verbose=0)
             here = (slice(None), *divmod(position, width))
             codes[here] = tfp.distributions.Categorical(logits=logits[here]).sample()
 
-    labels = model.labels_of(np.arange(256) % 32)
     if "a" in parts:
         against, scale = f"{size} predicts ({len(positions)} timed, scaled)", size / len(positions)
         compare(f"(a) sample 50: {name}", lambda: sample(50), against, predict_per_position, scale=scale)
     if "b" in parts:
-        codes = tf.random.uniform((256, height, width), maxval=model.num_embeddings, dtype=tf.int32)
-        inputs, one_pass = {"codes": codes, "labels": tf.constant(labels)}, tf.function(model)
-        against = "a pass of this network over 256"
-        compare(f"(b) sample 256: {name}", lambda: sample(256), against, lambda: one_pass(inputs), " passes")
+        codes = tf.random.uniform((256, height, width), maxval=prior.num_embeddings, dtype=tf.int32)
+        inputs, one_pass = {"codes": codes, "labels": tf.constant(labels)}, tf.function(prior)
+        what, against = f"(b) sample 256: {name}", "a pass of this network over 256"
+        compare(what, lambda: sample(256), against, lambda: one_pass(inputs), " passes")
 
 
 def bench_part(name, textbook, ours, theirs, variables):
@@ -107,23 +98,20 @@ def bench_part(name, textbook, ours, theirs, variables):
             with tf.GradientTape() as tape:
                 tape.watch(variables)
                 result = function()
-                loss = tf.reduce_sum(result**2)
-            return result, tape.gradient(loss, variables)
+            return result, tape.gradient(result, variables, 2 * result)  # of the sum of squares
 
         return tf.function(forwards_and_backwards)
 
     ours, theirs = step(ours), step(theirs)
-    difference = np.abs(ours()[0] - theirs()[0]).max()
-    if difference > 1e-4:
-        raise AssertionError(f"{name}: the two sides differ by {difference}")
+    np.testing.assert_allclose(ours()[0], theirs()[0], atol=1e-4, err_msg=name)
     compare(f"(c) {name}", ours, textbook, theirs)
 
 
 def bench_parts(settings):
-    model = train.make_pixelcnn(settings)
-    first, masked = model.first, model.blocks[0].masked
-    codes = tf.random.uniform((BATCH, *model.grid), maxval=first.num_embeddings, dtype=tf.int32)
-    x = tf.random.normal((BATCH, *model.grid, masked.kernel.shape[1]))
+    network = train.make_prior(settings).network
+    first, masked = network.first, next(layer.masked for layer in network.trunk if hasattr(layer, "masked"))
+    codes = tf.random.uniform((BATCH, *network.grid), maxval=first.num_embeddings, dtype=tf.int32)
+    x = tf.random.normal((BATCH, *network.grid, masked.kernel.shape[1]))
     images, others = tf.random.uniform((2, BATCH, settings.image_size, settings.image_size, 1))
 
     def plain(layer, inputs):
@@ -143,14 +131,17 @@ def bench_parts(settings):
 
 
 def main(arguments=None):
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices="abc", default="abc", help="parts to run (default: all)")
     parts = parser.parse_args(arguments).only
-    print_header(modules.set_up_devices())
-    if {"a", "b"} & {*parts}:
-        for settings in (PUBLISHED, ORIGINAL):
-            bench_sampling(settings, parts)
+    info = pathlib.Path("/proc/cpuinfo")
+    names = re.findall("model name.*: (.*)", info.read_text() if info.exists() else "") or [platform.processor()]
+    print(f"{names[0]}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the start")
+    print(modules.set_up_devices())
+    print(f"TensorFlow {tf.__version__}, Keras {keras.__version__}; medians of {REPETITIONS} repetitions in turns\n")
+    print_row()
+    for settings in (PUBLISHED, ORIGINAL):
+        bench_sampling(settings, parts)
     if "c" in parts:
         bench_parts(PUBLISHED)
 
