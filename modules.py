@@ -24,6 +24,7 @@ import functools
 import inspect
 import numbers
 import os
+import sys
 
 os.environ["KERAS_BACKEND"] = "tensorflow"  # before Keras is imported, and whatever keras.json says
 
@@ -1002,7 +1003,7 @@ class Prior(Model):
             raise ValueError("the model knows nothing of the slice below: it cannot draw heads")
         slices, known = [], {"below": np.full((count, *self.grid), -1, np.int32)}
         scores = self.head_scores.draw_heads(count, seed) if self.num_scores else None
-        for label in tqdm(range(self.num_labels), unit="slice", disable=None if verbose else True):
+        for label in tqdm(range(self.num_labels), unit="slice", disable=None if verbose else True, file=sys.stdout):
             known["labels"] = np.full(count, label, np.int32)
             if self.num_scores:
                 known["scores"] = scores[:, label]
@@ -1195,7 +1196,7 @@ def in_batches(function, inputs, verbose=False, size=256):
     inputs = tf.nest.map_structure(np.asarray, inputs)
     starts = range(0, max(1, len(tf.nest.flatten(inputs)[0])), size)
     results = []
-    for start in tqdm(starts, unit="batch", disable=None if verbose else True):
+    for start in tqdm(starts, unit="batch", disable=None if verbose else True, file=sys.stdout):
         results.append(function(tf.nest.map_structure(lambda array, i=start: array[i : i + size], inputs)))
     return tf.nest.map_structure(lambda *parts: np.concatenate(parts), *results)
 
