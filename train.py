@@ -223,8 +223,9 @@ class Run:
             if (then := self.config["versions"]) != config["versions"]:
                 print(f"warning: this run was started with {then}, now there are {config['versions']}")
             config = {**self.config, "data": config["data"]}  # which may have moved
-        self.config = config
-        dataset.write_json(self.path, config)
+        if config != self.config:
+            self.config = config
+            dataset.write_json(self.path, config)
 
     @property
     def data_folder(self):
@@ -484,7 +485,7 @@ def fit_pixelcnn(run, settings, vqvae, train, validate):
         head_scores.fit(dataset.to_float(train.images), labels, dataset.heads_of(train))
     with tf.device("CPU"):
         variants = encode_variants(vqvae, train, head_scores, settings, run.mirror_axis)
-        variants = {name: tf.constant(values) for name, values in variants.items()}
+        variants = {name: tf.constant(values) for name, values in variants.items() if values.size}
         lower_slices, all_labels = tf.constant(below), tf.constant(labels)
 
     def make_model():
