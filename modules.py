@@ -1,4 +1,4 @@
-"""A VQ-VAE for brain slices [1], a PixelCNN [2], the prior over codes that is made of it, and its sampler.
+"""A VQ-VAE of brain slices [1], a PixelCNN [2] as the prior over its codes, and a fast sampler of that prior [5].
 
 References, cited below as [n]:
 [1] van den Oord, Vinyals, Kavukcuoglu: Neural Discrete Representation Learning, arXiv 1711.00937
@@ -126,7 +126,7 @@ class VectorQuantizer(layers.Layer):
     Args:
         num_embeddings: K, the number of codes.
         embedding_dim: D, the length of a latent vector.
-        commitment_cost: beta of [1, equation 3].
+        commitment_cost: beta of [1, equation 3], here of the mean, not the sum, of the D squared differences.
         ema_decay: gamma of [1, appendix A.1]; 0 trains the codebook by gradient [1, equation 3].
 
     Shapes: latents (..., D) -> the nearest codebook vectors (..., D).
@@ -134,7 +134,7 @@ class VectorQuantizer(layers.Layer):
 
     # A code is dead while it is chosen less than this often, 1 being the even share of B*h*w / K.
     DEAD_BELOW = 0.02
-    REBORN_WITH = 0.2
+    REBORN_WITH = 0.2  # and then counts as if it were chosen this often
 
     def __init__(self, num_embeddings, embedding_dim, commitment_cost=1.0, ema_decay=0.99, **kwargs):
         super().__init__(**kwargs)
@@ -147,18 +147,11 @@ class VectorQuantizer(layers.Layer):
 
     def build(self, latents_shape):
         if latents_shape[-1] != self.embedding_dim:
-            raise ValueError(
-                f"embedding_dim is {self.embedding_dim}, but the latents have {latents_shape[-1]} channels"
-            )
+            raise ValueError(f"embedding_dim is {self.embedding_dim}, the latents have {latents_shape[-1]} channels")
         shape = (self.num_embeddings, self.embedding_dim)
         # add_weight, not tf.Variable: Keras 3 neither trains nor saves a bare variable.
-        self.codebook = self.add_weight(
-            name="codebook",
-            shape=shape,
-            initializer=keras.initializers.RandomUniform(-0.05, 0.05),
-            trainable=not self.ema_decay,
-            autocast=False,
-        )
+        uniform = keras.initializers.RandomUniform(-0.05, 0.05)
+        self.codebook = self.add_weight(shape, uniform, trainable=not self.ema_decay, autocast=False, name="codebook")
         if self.ema_decay:
             state = {"trainable": False, "initializer": "zeros", "autocast": False}
             self.ema_counts = self.add_weight(name="ema_counts", shape=shape[:1], **state)
@@ -172,7 +165,6 @@ class VectorQuantizer(layers.Layer):
         quantized = self.lookup(codes)  # (B, h, w, D)
         self.usage.update_state(codes)
 
-        # The losses are taken before the straight-through line: after it no gradient is left for them.
         commitment_loss = tf.reduce_mean(tf.square(latents - tf.stop_gradient(quantized)))
         self.add_loss(self.commitment_cost * commitment_loss)
         if not self.ema_decay:
@@ -181,6 +173,7 @@ class VectorQuantizer(layers.Layer):
         elif training and self.trainable:
             self.move_codebook(tf.stop_gradient(latents), codes)
 
+        # The value of `quantized`, the gradient of `latents` [1, section 3.2]. None of it reaches the codebook.
         straight_through = latents + tf.stop_gradient(quantized - latents)
         return tf.cast(straight_through, self.compute_dtype)
 
@@ -233,8 +226,8 @@ class VectorQuantizer(layers.Layer):
 
 def add_residual(x, filters):
     """x + Conv1x1(ReLU(Conv3x3(ReLU(x)))) [1, section 4.1]."""
-    h = layers.Conv2D(filters, 3, padding="same", activation="relu")(layers.ReLU()(x))
-    return layers.Add()([x, layers.Conv2D(filters, 1)(h)])
+    hidden = layers.Conv2D(filters, 3, padding="same", activation="relu")(layers.ReLU()(x))
+    return layers.Add()([x, layers.Conv2D(filters, 1)(hidden)])
 
 
 def build_encoder(image_size, embedding_dim, filters, kernel_size, residual_blocks):
@@ -278,12 +271,12 @@ def ssim(images, others):
     def blur(maps):
         return tf.matmul(band, tf.matmul(maps, band, transpose_b=True))
 
-    x, y, luminance, contrast = images[..., 0], others[..., 0], 0.01**2, 0.03**2
+    x, y, c1, c2 = images[..., 0], others[..., 0], 0.01**2, 0.03**2
     mean_x, mean_y = blur(x), blur(y)
     product, squares = mean_x * mean_y, mean_x**2 + mean_y**2
     covariance, variances = blur(x * y) - product, blur(x**2 + y**2) - squares
-    similarity = (2 * product + luminance) / (squares + luminance)
-    similarity *= (2 * covariance + contrast) / (variances + contrast)
+    similarity = (2 * product + c1) / (squares + c1)
+    similarity *= (2 * covariance + c2) / (variances + c2)
     return tf.reduce_mean(similarity, axis=(1, 2))
 
 
@@ -384,7 +377,7 @@ class VQVAE(Model):
 
     def decode(self, codes, verbose=False):
         """Images of codes: int32 (B, h, w) in [0, K) -> float32 (B, H, W, 1), clipped to [0, 1]."""
-        check_codes(codes, self.decoder.input_shape[1:3], self.num_embeddings)
+        codes = check_codes(codes, self.decoder.input_shape[1:3], self.num_embeddings)
         return in_batches(self.decode_batch, codes, verbose)
 
     def encode_batch(self, images):
@@ -416,8 +409,8 @@ class MaskedConv2D(layers.Layer):
     right than one column a row. The 7x7 first layer sees two columns further.
 
     Only the visible entries of the kernel exist as weights, and the rows below are never multiplied.
-    (Assigning a masked kernel inside `call`, as in [4]'s sister example, trains and saves the
-    hidden entries.)
+    (Assigning a masked kernel inside `call`, as in keras.io/examples/generative/pixelcnn, trains and
+    saves the hidden entries.)
 
     Args:
         filters: number of output channels.
@@ -481,7 +474,7 @@ class MaskedCodeConv2D(MaskedConv2D):
         visible = [padded[:, down : down + height, right : right + width] for down, right in offsets]
         kernel, bias = self.padded_kernel(), tf.cast(self.bias, self.compute_dtype)
         # One tap after the other: half the time of a single look-up, whose result is `taps` times as large.
-        return tf.add_n([tf.gather(kernel[tap], codes) for tap, codes in enumerate(visible)]) + bias
+        return tf.add_n([tf.gather(kernel[tap], seen) for tap, seen in enumerate(visible)]) + bias
 
     def padded_kernel(self):
         """(taps, K + 1, filters): the last row of a tap, of zeros, is for "no code"."""
@@ -525,14 +518,14 @@ class ResidualBlock(layers.Layer):
 class PixelCNN(Model):
     """The network of [2, table 1]: p(codes) = prod p(code | earlier codes) [2, equation 1].
 
-    A masked 7x7 convolution of type A, residual blocks, two layers of ReLU and 1x1 convolution, and K logits.
+    A masked 7x7 convolution of type A, residual blocks, then three times ReLU and 1x1 convolution, to K logits.
     `fit(codes)` minimises the mean of -ln p of a code, in nats.
 
     Args:
         num_embeddings: K.
         grid: (h, w).
-        filters: channels between the residual blocks.
-        residual_blocks: 15 in [2, table 1].
+        filters: C, between the residual blocks; 2h in [2, figure 5].
+        residual_blocks: 15 in [2].
         dropout, zero_init: see `ResidualBlock`.
         between: layers (B, h, w, filters) -> the same, that see no later position. They are put before blocks, at
             even distances.
@@ -541,7 +534,7 @@ class PixelCNN(Model):
     Returns: logits (B, h, w, K); those at a position depend on earlier codes, and on the map there and before.
     """
 
-    input_dtype = "int32"  # of `export`
+    input_dtype = "int32"  # of what Keras exports
 
     def __init__(
         self, num_embeddings, grid, filters=128, residual_blocks=15, dropout=0.0, zero_init=True, between=(), **kwargs
@@ -554,7 +547,7 @@ class PixelCNN(Model):
             self.first = MaskedCodeConv2D(num_embeddings, filters, 7)
             self.trunk = [ResidualBlock(filters, dropout, zero_init) for _ in range(residual_blocks)]
             for i, layer in reversed(list(enumerate(self.between))):
-                self.trunk.insert(i * -(-residual_blocks // len(self.between)), layer)
+                self.trunk.insert(i * residual_blocks // len(self.between), layer)
             self.last = [
                 layers.Dense(filters, activation="relu"),
                 layers.Dense(filters, activation="relu"),
@@ -579,12 +572,16 @@ class PixelCNN(Model):
         return x
 
     def loss_of(self, codes, logits, sample_weight):
-        return weighted_mean(tf.reduce_mean(nats(codes, logits), axis=(1, 2)), sample_weight)
+        return mean_nats(codes, logits, sample_weight)
 
 
 def nats(codes, logits):
     """-ln p of codes: int32 (B, h, w), (B, h, w, K) -> (B, h, w)."""
     return -tfp.distributions.Categorical(logits=logits).log_prob(codes)
+
+
+def mean_nats(codes, logits, sample_weight=None):
+    return weighted_mean(tf.reduce_mean(nats(codes, logits), axis=(1, 2)), sample_weight)
 
 
 # ---- Row contexts, which are in no paper ---------------------------------------------
@@ -618,15 +615,11 @@ class RowContext(layers.Layer):
         self.narrow.build(input_shape)
         self.is_above = np.repeat(np.tri(height, k=-1, dtype="float32"), width, axis=1)[..., None]  # (h, h w, 1)
         mean = self.is_above / np.maximum(self.is_above.sum(axis=1, keepdims=True), 1)
-        self.weights_above = self.add_weight(
-            name="weights_above",
-            shape=(height, height * width, self.filters),
-            initializer=lambda shape, dtype: tf.broadcast_to(tf.cast(mean, dtype), shape),
-        )
-        self.readout = self.add_weight(
-            name="readout", shape=(height, width, self.filters, channels), initializer="zeros"
-        )
-        self.bias = self.add_weight(name="bias", shape=(channels,), initializer="zeros")
+        shapes = (height, height * width, self.filters), (height, width, self.filters, channels)
+        as_mean = lambda shape, dtype: tf.broadcast_to(tf.cast(mean, dtype), shape)  # noqa: E731
+        self.weights_above = self.add_weight(shapes[0], as_mean, name="weights_above")
+        self.readout = self.add_weight(shapes[1], "zeros", name="readout")
+        self.bias = self.add_weight((channels,), "zeros", name="bias")
 
     def call(self, x, training=False):
         height, width = self.readout.shape[:2]
@@ -649,8 +642,8 @@ class Condition:
     shape: tuple  # of one slice
     dtype: str
     unknown: float  # the value for "not known"
-    hidden: float  # from this share of the slices it is hidden in training
-    highest: int | None = None  # of integers, which begin at `unknown`
+    hidden: float  # share of the slices from which it is hidden in training
+    highest: int | None = None  # of an integer condition, whose lowest value is `unknown`
 
 
 @register
@@ -687,19 +680,16 @@ class Conditioning(layers.Layer):
         }
         if below:
             policy = {"dtype": self.dtype_policy}
-            self.below_network = keras.Sequential(
-                [
-                    keras.Input(self.grid, dtype="int32"),
-                    layers.Embedding(num_embeddings, 32, **policy),
-                    layers.Conv2D(32, 3, padding="same", activation="relu", **policy),
-                    layers.Conv2D(filters, 3, padding="same", **policy),
-                ]
-            )
+            embedding = layers.Embedding(num_embeddings, 32, **policy)
+            convolution = layers.Conv2D(32, 3, padding="same", activation="relu", **policy)
+            last = layers.Conv2D(filters, 3, padding="same", **policy)
+            inputs = keras.Input(self.grid, dtype="int32")
+            self.below_network = keras.Sequential([inputs, embedding, convolution, last])
         self.seeds = keras.random.SeedGenerator()
 
     def build(self, labels_shape, scores_shape, below_shape, changes_shape):
-        known = int(self.num_scores > 0)  # a number that says whether the scores are known
-        numbers = self.learned_position + self.num_labels + self.num_scores + known + self.num_changes
+        flag = int(self.num_scores > 0)  # a number that says whether the scores are known
+        numbers = self.learned_position + self.num_labels + self.num_scores + flag + self.num_changes
         self.maps = self.add_weight(name="maps", shape=(numbers, *self.grid, self.filters), initializer="zeros")
 
     def call(self, labels, scores, below, changes, training=False):
@@ -718,12 +708,12 @@ class Conditioning(layers.Layer):
             numbers.append(tf.one_hot(seen("labels", labels), self.num_labels, dtype=dtype))  # zeros for -1
         if self.num_scores:
             scores = seen("scores", scores)
-            known = scores > UNKNOWN_SCORE
+            are_known = scores > UNKNOWN_SCORE
             if training:
                 noise = keras.random.normal(tf.shape(scores), dtype="float32", seed=self.seeds)
                 scores += tf.cast(self.SCORE_NOISE * noise, scores.dtype)
-            scores = tf.where(known, scores, tf.zeros_like(scores))
-            numbers += [tf.cast(scores, dtype), tf.cast(known[:, :1], dtype)]
+            scores = tf.where(are_known, scores, tf.zeros_like(scores))
+            numbers += [tf.cast(scores, dtype), tf.cast(are_known[:, :1], dtype)]
         if self.num_changes:
             numbers.append(tf.cast(changes, dtype))
         added = tf.tensordot(tf.concat(numbers, axis=1), tf.cast(self.maps, dtype), 1)  # (B, h, w, C)
@@ -736,11 +726,12 @@ class Conditioning(layers.Layer):
 
 @register
 class HeadScores(layers.Layer):
-    """What sets whole slices apart, such as brightness and shape: principal scores, and their Gaussian [7].
+    """What sets whole slices apart, such as brightness and shape: principal scores, and their Gaussian.
 
     A score is the coordinate of a slice on a principal component of the training slices, whose scores have a standard
     deviation of 1. The scores of all slices of a novel head are drawn at once, from a Gaussian of whole heads: the
-    first MAX_HEADS of the training. (Fitted to one head, it always draws the mean.)
+    MAX_HEADS first of the training. (Fitted to one head, it always draws the mean.) As in [7] a representation is drawn
+    first, and the picture given it.
 
     Args:
         num_labels: L, the number of slices of a whole head.
@@ -823,14 +814,14 @@ class HeadScores(layers.Layer):
         return scores
 
     def standard_normal(self, count, seed):
-        """float64 (count, MAX_HEADS): products of them round alike, however many there are."""
+        """float64 (count, MAX_HEADS): the order of summation is lost when scores are rounded to float32."""
         return np.random.default_rng(seed).standard_normal((count, self.MAX_HEADS))
 
 
-def labels_of(slice_numbers, of_labels):
-    """Index of each slice number in `of_labels`, which ascend: int32 (N,); -1 where it is not among them."""
-    labels = np.searchsorted(of_labels, slice_numbers)
-    return np.where(np.isin(slice_numbers, of_labels), labels, -1).astype(np.int32)
+def labels_of(slice_numbers, model_numbers):
+    """Index of each slice number in `model_numbers`, which ascend: int32 (N,); -1 where it is not among them."""
+    labels = np.searchsorted(model_numbers, slice_numbers)
+    return np.where(np.isin(slice_numbers, model_numbers), labels, -1).astype(np.int32)
 
 
 @register
@@ -851,7 +842,8 @@ class Prior(Model):
 
     Call arguments: codes, int32 (B, h, w) in [0, K), or a dictionary of them and, where known, of the conditions:
         labels: int32 (B,) in [0, num_labels), which slice of a head it is; -1 where not known.
-        scores: float32 (B, num_scores), see `HeadScores`; UNKNOWN_SCORE or NaN where not known.
+        scores: float32 (B, num_scores), see `HeadScores`; UNKNOWN_SCORE or NaN where not known, all
+            or none.
         below: int32 (B, h, w) in [0, K), the codes of the slice below in the same head; -1 where not known.
         changes: float32 (B, num_changes), the augmentation [6]; zeros for a slice as it is.
     Returns: logits, float32 (B, h, w, K); those at a position depend on earlier codes and on the conditions.
@@ -859,7 +851,7 @@ class Prior(Model):
         raise a tf.errors.InvalidArgumentError, unless XLA compiles it.
     """
 
-    input_dtype = "int32"  # of `export`
+    input_dtype = "int32"  # of what Keras exports
     BATCH = 512  # pictures that are sampled at once
 
     def __init__(
@@ -906,7 +898,7 @@ class Prior(Model):
         return codes, self.checked_conditions(codes.shape[0], tf.shape(codes)[0], inputs)
 
     def checked_conditions(self, static_count, count, given):
-        """Every condition of as many slices, those that are given and the others, which are not known."""
+        """Every condition of `count` slices, checked; what is not given is not known. `static_count` may be None."""
         table, conditions = self.conditioning.table, self.unknown(count)
         for name, values in given.items():
             if name not in table:
@@ -921,8 +913,7 @@ class Prior(Model):
         return conditions
 
     def loss_of(self, inputs, logits, sample_weight):
-        codes = inputs["codes"] if isinstance(inputs, dict) else inputs
-        return weighted_mean(tf.reduce_mean(nats(codes, logits), axis=(1, 2)), sample_weight)
+        return mean_nats(inputs["codes"] if isinstance(inputs, dict) else inputs, logits, sample_weight)
 
     def nll(self, codes, verbose=False, **conditions):
         """-ln p of every code given the earlier ones and the conditions, see the class: float32 (B, h, w), nats."""
@@ -943,7 +934,7 @@ class Prior(Model):
 
     def draw_scores(self, labels, seed):
         """Scores of novel slices, see `HeadScores.draw`."""
-        check_integer("seed", seed, 0, MAX_SEED)
+        check_integer("seed", seed, 0, MAX_INT32)
         return self.head_scores.draw(labels, seed)
 
     def sample(self, num_samples, seed, temperature=1.0, known=None, cached=None, verbose=False, **conditions):
@@ -960,8 +951,8 @@ class Prior(Model):
 
         Returns: int32 (N, h, w) in [0, K).
         """
-        check_integer("num_samples", num_samples, 1, MAX_SEED)
-        check_integer("seed", seed, 0, MAX_SEED)
+        check_integer("num_samples", num_samples, 1, MAX_INT32)
+        check_integer("seed", seed, 0, MAX_INT32)
         if not 1e-6 <= temperature <= 1e6:
             raise ValueError(f"temperature must be from 1e-6 to 1e6, got {temperature}")
         known = np.full((num_samples, *self.grid), -1, np.int32) if known is None else known
@@ -973,8 +964,8 @@ class Prior(Model):
         conditions = self.checked_conditions(num_samples, num_samples, conditions)
 
         def draw_batch(batch):
-            (number, *_), places = np.divmod(batch.pop("index"), self.BATCH)
-            return self.draw(batch, seed, temperature, places, number, cached)
+            index = batch.pop("index")
+            return self.draw(batch, seed, temperature, index % self.BATCH, index[0] // self.BATCH, cached)
 
         inputs = {"known": known, "index": np.arange(num_samples), **conditions}
         return in_batches(draw_batch, inputs, verbose, self.BATCH)
@@ -982,14 +973,17 @@ class Prior(Model):
     def draw(self, inputs, seed, temperature, places, batch=0, cached=None):
         """`sample` of one batch: int32 (N, h, w) in [0, K).
 
-        Args: the codes that are known and all conditions; the seed; the temperature; places in the batch, int (N,):
-            pictures of one place have the same random numbers; the number of the batch; whether the sampler is the
-            cached one or the naive loop, by default the cached one wherever the network is one that it knows.
+        Args:
+            inputs: the dictionary of `known` (see `sample`) and of every condition.
+            seed, temperature: see `sample`.
+            places: int (N,), of the pictures in the batch; those of one place have the same random numbers.
+            batch: number of the batch.
+            cached: True for the cached sampler, False for the naive loop; None: cached where it can be.
         """
         known, conditions = inputs["known"], {name: inputs[name] for name in self.conditioning.table}
         condition_map = self.conditioning(**conditions)
         if cached is None:
-            cached = CachedSampler.knows(self.network)
+            cached = CachedSampler.supports(self.network)
         draw = self.cached_sampler.draw if cached else functools.partial(draw_naively, self.network)
         return draw(condition_map, known, np.int32([seed, batch]), np.int32(places), np.float32(temperature))
 
@@ -999,24 +993,26 @@ class Prior(Model):
 
     def sample_heads(self, count, seed, temperature=1.0, verbose=False):
         """Draw whole heads from the lowest slice up, each slice given the one below: int32 (count, L, h, w)."""
-        if not self.below:
+        check_integer("count", count, 1, MAX_INT32)
+        check_integer("seed", seed, 0, MAX_INT32)
+        if not (self.below and self.num_labels):
             raise ValueError("the model knows nothing of the slice below: it cannot draw heads")
-        slices, known = [], {"below": np.full((count, *self.grid), -1, np.int32)}
+        slices, conditions = [], {"below": np.full((count, *self.grid), -1, np.int32)}
         scores = self.head_scores.draw_heads(count, seed) if self.num_scores else None
         for label in tqdm(range(self.num_labels), unit="slice", disable=None if verbose else True, file=sys.stdout):
-            known["labels"] = np.full(count, label, np.int32)
+            conditions["labels"] = np.full(count, label, np.int32)
             if self.num_scores:
-                known["scores"] = scores[:, label]
-            known["below"] = self.sample(count, (seed + 65537 * label) % 2**31, temperature, **known)
-            slices.append(known["below"])
+                conditions["scores"] = scores[:, label]
+            conditions["below"] = self.sample(count, (seed + 65537 * label) % 2**31, temperature, **conditions)
+            slices.append(conditions["below"])
         return np.stack(slices, axis=1)
 
 
 def draw_naively(network, condition_map, known, seed, places, temperature):
     """Draw the codes of one batch: for each position, in raster order, a pass of the whole network.
 
-    Args: the network; the map (N, h, w, C); codes to keep, -1 where one is to be drawn (N, h, w); the others see
-        `gumbel_noise`; the temperature.
+    Args: network; condition_map (N, h, w, C); known (N, h, w), codes to keep, -1 where one is to be drawn; seed and
+        places, see `gumbel_noise`; temperature.
     """
     codes = np.zeros_like(known)
     for position, (row, column) in enumerate(np.ndindex(known.shape[1:])):
@@ -1054,18 +1050,14 @@ class CachedSampler:
         self.network = network
 
     @staticmethod
-    def knows(network):
-        return type(network) is PixelCNN and {type(layer) for layer in network.trunk} <= {ResidualBlock, RowContext}
+    def supports(network):
+        kinds = {type(layer) for layer in getattr(network, "trunk", ())}
+        return type(network) is PixelCNN and ResidualBlock in kinds and kinds <= {ResidualBlock, RowContext}
 
-    @tf.function(  # a batch of 1 that is known to be 1 would give the loop's variables shapes that change
-        input_signature=[
-            tf.TensorSpec((None, None, None, None)),
-            tf.TensorSpec((None, None, None), tf.int32),
-            tf.TensorSpec((2,), tf.int32),
-            tf.TensorSpec((None,), tf.int32),
-            tf.TensorSpec(()),
-        ]
-    )
+    # A batch of 1 that is known to be 1 would give the loop's variables shapes that change.
+    INTEGERS = (tf.TensorSpec(shape, tf.int32) for shape in ((None, None, None), (2,), (None,)))
+
+    @tf.function(input_signature=[tf.TensorSpec((None, None, None, None)), *INTEGERS, tf.TensorSpec(())])
     def draw(self, condition_map, known, seed, places, temperature):
         """See `draw_naively`."""
         network, (height, width), count = self.network, self.network.grid, tf.shape(known)[0]
@@ -1074,8 +1066,8 @@ class CachedSampler:
         r, codes_seen = network.first.kernel_size // 2, network.first.taps
         codes = tf.fill((height + r, width + 2 * r, count), network.num_embeddings)  # padded as in the first layer
         rows = tf.reshape(network.first.padded_kernel(), (-1, network.filters))
-        # The inputs of the masked 3x3 convolutions, (blocks, N, C / 2) a position, in this row and the one above,
-        # which take turns. Both ends of a row stay zeros.
+        # Two padded rows that take turns: row y begins at (y % 2) * (width + 2). A place holds the inputs of the masked
+        # 3x3 convolutions, (blocks, N, C / 2); both ends of a row stay zeros.
         zeros = tf.zeros((2 * (width + 2), len(blocks), count, blocks[0].masked.kernel.shape[1]))
         cache = tf.TensorArray(tf.float32, 2 * (width + 2), clear_after_read=False).unstack(zeros)
         kernels = [tf.stack([block.masked.kernel[tap] for block in blocks]) for tap in range(4)]
@@ -1085,6 +1077,7 @@ class CachedSampler:
 
         for position in tf.range(height * width):
             row, column = position // width, position % width
+            # The left ends of the 3x3 window in this row, and in the one above.
             this, above = (row % 2) * (width + 2) + column, ((row + 1) % 2) * (width + 2) + column
             visible = tf.reshape(codes[row : row + r + 1, column : column + 2 * r + 1], (-1, count))[:codes_seen]
             x = self.first_layer(rows, visible) + condition_map[:, row, column]
@@ -1143,7 +1136,7 @@ class CachedSampler:
 
 # ---- Checks, batches, devices and the settings of Keras ------------------------------
 
-MAX_SEED = 2**31 - 1
+MAX_INT32 = 2**31 - 1
 
 
 def check_integer(name, value, low, high):
