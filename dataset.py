@@ -89,12 +89,14 @@ def find_data(folder):
     folder = pathlib.Path(folder)
     if folder.is_dir():
         found = [path for path in (folder, *visible(folder)) if (path / "keras_png_slices_train").is_dir()]
-        if found and (found[0] == folder or len(found) == 1):
+        if len(found) == 1 or found[:1] == [folder]:
             return found[0]
-        several = f": several data sets in it ({', '.join(path.name for path in found)})"
-        problem = several if found else ": no folder keras_png_slices_train in it, nor one level down"
+        names = ", ".join(path.name for path in found)
+        none = ": no folder keras_png_slices_train in it, nor one level down"
+        problem = f": several data sets in it ({names})" if found else none
     else:
-        problem = f" is a{folder.suffix.replace('.', ' ')} file: unzip it" if folder.is_file() else ": no such folder"
+        kind = folder.suffix.replace(".", " ")  # of .zip and .tar files, say
+        problem = f" is a{kind} file: unzip it" if folder.is_file() else ": no such folder"
     raise UserError(f"{folder}{problem}; name the unzipped keras_png_slices_data by --data, or try train.py --demo")
 
 
@@ -198,7 +200,7 @@ def load(folder, splits=SPLITS, image_size=64):
         elif name != "validate":
             raise UserError(f"{root}: no folder {folders[name]} in it; unzip the data again")
     for one, other in itertools.combinations(loaded, 2):
-        if shared := {*loaded[one].cases} & {*loaded[other].cases} - {-1}:
+        if shared := ({*loaded[one].cases} & {*loaded[other].cases}) - {-1}:
             remedy = "number the subjects of each split differently; if they are the same people, remove them from one"
             raise UserError(f"case_{min(shared):03d} is in both {one} and {other}: {remedy}")
     if unnamed := [name for split in loaded.values() for name in split.names[split.cases < 0]]:
@@ -291,7 +293,7 @@ SOURCES = (
 
 
 def files_below(folder, above=()):
-    """Every file in `folder` or below, behind links too. What cannot be read raises an OSError that names it."""
+    """Every file in `folder` and below, following links. What cannot be read raises an OSError: a head may be in it."""
     above = (*above, os.path.realpath(folder))
     for path in visible(folder):
         if path.is_file():
@@ -431,7 +433,7 @@ def augment(images, heads, seed):
     `heads` is equal for slices of a head, int (N,) from 0. Changes are five uniform numbers from -1 to 1, how much of
     each of CHANGE_LIMITS was applied, and a 1. (A slice as it is has six zeros.)
     """
-    amounts = np.random.default_rng(seed).uniform(-1, 1, (max(heads) + 1, len(CHANGE_LIMITS)))[heads]
+    amounts = np.random.default_rng(seed).uniform(-1, 1, (heads.max() + 1, len(CHANGE_LIMITS)))[heads]
     with futures.ThreadPoolExecutor(os.cpu_count()) as threads:  # scipy.ndimage lets them run side by side
         changed = list(threads.map(change, images, amounts))
     return np.stack(changed), np.pad(amounts, [[0, 0], [0, 1]], constant_values=1).astype(np.float32)

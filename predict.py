@@ -58,9 +58,11 @@ def pixels_of_head(image, above=1 / 16):
 
 def ssim_inside(images, others):
     """`ssim`, averaged over the pixels of the head in `images` alone: (N,); NaN for a slice that has none."""
-    maps = [structural_similarity(a, b, data_range=1.0, full=True)[1] for a, b in zip(images, others)]
-    sums = [(similarity[inside].sum(), inside.sum()) for similarity, inside in zip(maps, map(pixels_of_head, images))]
-    return np.array([ratio(*pair) for pair in sums])
+    means = []
+    for image, other in zip(images, others, strict=True):
+        similarity = structural_similarity(image, other, data_range=1.0, full=True)[1][pixels_of_head(image)]
+        means.append(similarity.mean() if similarity.size else np.nan)
+    return np.array(means)
 
 
 def sharpness(images):
@@ -89,7 +91,7 @@ def draw_alike(pool, labels, seed=0):
 def interval(statistic, *samples, resamples=1000):
     """The 95 % bootstrap interval of a statistic: [low, high]; None where it is not defined.
 
-    Args: a function of samples; each sample, (N, ...), of which N are drawn with replacement, if N is 2 or more.
+    Args: statistic, a function of the samples; samples, (N, ...) each, N above 1, resampled along the first axis.
     """
     if min(map(len, samples)) < 2:
         return None
@@ -138,7 +140,7 @@ class Coded:
 
     @property
     def subjects(self):
-        """The same, numbered from 0: int (N,); all are 0 where one is not known."""
+        """Number of the subject of each slice, from 0: int (N,); all are 0 where one is not known."""
         return np.unique(self.cases if self.cases.min() >= 0 else 0 * self.cases, return_inverse=True)[1]
 
 
@@ -180,23 +182,26 @@ class Evaluation:
         return np.array(indices), np.array(similarities)
 
     def variance_ratios(self, novel, labels):
-        """How much novel slices differ as wholes, and test slices of the same labels: over training slices of these.
+        """Variance of novel slices in COMPONENTS over that of training slices of the same labels; of test slices too.
 
         Args: images (N, M, H, W), of which a bootstrap takes M together; labels (N * M,).
         """
         every = np.repeat(labels, max(1, len(self.train.images) // len(labels)))  # the labels in proportion
-        real = self.test.images[draw_alike(self.test.labels, labels)]
-        expected = self.train.images[draw_alike(self.train.labels, every)]
-        sets = (images.reshape(-1, self.seen[0].size) for images in (novel, real, expected))
-        drawn, real, expected = (self.components.transform(pixels)[:, COMPONENTS] for pixels in sets)
 
-        def variance_ratio(coordinates):
-            """Of sums over the components, of which there may be none."""
-            return ratio(coordinates.var(axis=(0, 1)).sum(), expected.var(axis=0).sum())
+        def coordinates(images):
+            return self.components.transform(images.reshape(len(images), -1))[:, COMPONENTS]
 
-        drawn = drawn.reshape(*novel.shape[:2], expected.shape[1])
-        ratios = with_interval("component_variance_ratio", variance_ratio, drawn)
-        return ratios | {"test_component_variance_ratio": variance_ratio(real[:, None])}
+        def variance(coordinates):
+            """Summed over the components, of which there may be none."""
+            return coordinates.var(axis=tuple(range(coordinates.ndim - 1))).sum()
+
+        unit = variance(coordinates(self.train.images[draw_alike(self.train.labels, every)]))
+        drawn = coordinates(novel.reshape(-1, *novel.shape[2:])).reshape(*novel.shape[:2], -1)
+        real = coordinates(self.test.images[draw_alike(self.test.labels, labels)])
+        return {
+            **with_interval("component_variance_ratio", lambda sample: ratio(variance(sample), unit), drawn),
+            "test_component_variance_ratio": ratio(variance(real), unit),
+        }
 
     def measure_reconstructions(self):
         pairs, subjects = (self.test.images, self.reconstructed), self.test.subjects
@@ -230,16 +235,16 @@ class Evaluation:
         return self.prior.nll(codes, verbose=True, **conditions).mean(axis=(1, 2), dtype=np.float64)
 
     def measure_prior(self):
-        splits, to_bits = (self.test, self.train), 1 / np.log(2)
-        test, train = (self.nats(split.codes, labels=split.labels) for split in splits)
+        test, train = (self.nats(split.codes, labels=split.labels) for split in (self.test, self.train))
+        codes_per_image = self.test.codes[0].size
         sums = by_subject(test, self.test.subjects), by_subject(train, self.train.subjects)
         return {
             "split": "test",
             **with_interval("nats_per_code", mean, sums[0]),
-            "bits_per_code": test.mean() * to_bits,
-            "bits_per_image": test.mean() * to_bits * self.test.codes[0].size,
+            "bits_per_code": test.mean() / np.log(2),
+            "bits_per_image": test.mean() / np.log(2) * codes_per_image,
             # What the codes cost without a prior that looks at other codes, and what those it was fitted on cost.
-            "histogram_bits_per_image": self.entropy * to_bits * self.test.codes[0].size,
+            "histogram_bits_per_image": self.entropy / np.log(2) * codes_per_image,
             "train_nats_per_code": train.mean(),
             **with_interval("membership_auroc", membership_auroc, *sums),
         }
@@ -490,8 +495,9 @@ def measure_and_draw(options, run, vqvae, prior, splits, data):
     drawn = f"seed {options.seed}, temperature {options.temperature}"
     print("encoding and reconstructing")
     evaluation = Evaluation(vqvae, prior, splits["train"], splits["test"], run.mirror_axis)
-    test, started = evaluation.test, time.monotonic()
+    test = evaluation.test
     labels = prior.labels_of(options.slice) if options.slice else test.labels
+    started = time.monotonic()
     novel = draw_novel(vqvae, prior, np.resize(labels, options.num_samples or len(test.labels)), options)
     seconds = time.monotonic() - started
     nearest = {
@@ -552,8 +558,8 @@ class AnomalyDetector:
     Args:
         vqvae, prior: the models.
         train, validate: pairs of images, float32 (N, H, W, 1) in [0, 1], and labels, int32 (N,), -1 where not known.
-        mirror_axis: along which the prior was fitted on mirrored slices, or None. With it, surprise is the mean of two
-            raster orders, that of the slice and that of its mirror image.
+        mirror_axis: along which the prior was fitted on mirrored slices, or None. With it, surprise is the mean of that
+            of the slice and of its mirror image, which are read in opposite directions.
     """
 
     SMOOTHING = 1 / 32  # of the side, standard deviation
@@ -591,7 +597,7 @@ class AnomalyDetector:
         labels = self.likeliest(images, codes, labels)
         nats = self.nats(images, codes, labels)
         orders = [nats]
-        if self.mirror_axis is not None:  # what comes last in one raster order comes first in the other
+        if self.mirror_axis is not None:  # along which the mirror image is read in the opposite direction
             mirrored = np.flip(images, self.mirror_axis)
             orders.append(np.flip(self.nats(mirrored, self.vqvae.encode(mirrored), labels), self.mirror_axis))
         terms = {
@@ -738,18 +744,19 @@ def find_anomalies(options):
     names = np.array([os.fsencode(path.name).decode("utf-8", "replace") for path in paths])
     images = dataset.to_float(dataset.read_images(paths, "anomalies", run.config["settings"]["image_size"]))
 
-    detector, data = make_detector(options, run, vqvae, prior)
-    print(f"examining {len(images)} slices")
-    numbers = np.array([dataset.slice_number(name) for name in names])
-    labels = prior.labels_of(np.where(numbers < 0, options.slice[0] if options.slice else -1, numbers))
-    found = {"images": images[..., 0], **detector.examine(images, labels, options.seed)}
-    found["labels"] = prior.numbers_of(found["labels"])  # of the files, as in the names
-    with run.one_writer(), dataset.write_errors(results):
-        (results / "anomalies.csv").unlink(missing_ok=True)  # of an earlier call; the new one comes last
-        shutil.rmtree(results, ignore_errors=True)
-        results.mkdir()
-        plot_anomalies(results, names, found, kind_of(data))
-        save_anomalies(results, names, found)
+    with run.one_writer():
+        detector, data = make_detector(options, run, vqvae, prior)
+        print(f"examining {len(images)} slices")
+        numbers = np.array([dataset.slice_number(name) for name in names])
+        labels = prior.labels_of(np.where(numbers < 0, options.slice[0] if options.slice else -1, numbers))
+        found = {"images": images[..., 0], **detector.examine(images, labels, options.seed)}
+        found["labels"] = prior.numbers_of(found["labels"])  # of the files, as in the names
+        with dataset.write_errors(results):
+            (results / "anomalies.csv").unlink(missing_ok=True)  # of an earlier call; the new one comes last
+            shutil.rmtree(results, ignore_errors=True)
+            results.mkdir()
+            plot_anomalies(results, names, found, kind_of(data))
+            save_anomalies(results, names, found)
 
 
 # ---- Main ----------------------------------------------------------------------------
@@ -757,7 +764,7 @@ def find_anomalies(options):
 
 def parse_arguments(arguments):
     number, parser = dataset.number, argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    add, asked = parser.add_argument, "slice numbers to draw, in turn (default: the test's); with --anomalies see there"
+    add, asked = parser.add_argument, "slice numbers to draw, in turn (default: the test's); see --anomalies"
     add("--data", type=dataset.folder, help="folder of the slices (default: where the run was trained)")
     add("--run", type=dataset.folder, default="runs/oasis", help="folder that train.py filled (default: %(default)s)")
     add("--num-samples", type=number(int, 1, 10**5), metavar="N", help="default: the number of test slices")

@@ -157,12 +157,13 @@ class Run:
 
     def read_config(self):
         """Read config.json into `config`, which is None where there is none yet."""
-        self.config, keys = None, {"settings", "data", "mirror_axis", "versions", "finished"}
+        self.config = None
         if not self.path.exists():
             return
+        keys, names = {"settings", "data", "mirror_axis", "versions", "finished"}, dataclasses.asdict(Settings()).keys()
         with contextlib.suppress(ValueError, TypeError, AttributeError):
             config = json.loads(self.path.read_text())
-            if keys <= config.keys() and config["settings"].keys() == dataclasses.asdict(Settings()).keys():
+            if keys <= config.keys() and config["settings"].keys() == names:
                 self.config = config
                 return
         remedy = f"choose another --run, or delete {quote(self.folder)}"
@@ -181,21 +182,23 @@ class Run:
             yield
 
     def lock(self):
-        """Lock the file .lock, or raise a `UserError` that says who has locked it.
+        """Lock the file .lock, or raise a `UserError` that names the holder.
 
-        A lock ends with its process. Where a mount has none, the file is the lock, with its owner written in it, and
-        stays if that dies on another machine; an empty one has no owner: it was copied with a run.
+        The operating system frees a lock when its process ends. On file systems without locks, filelock creates the
+        file instead and writes its owner into it: that outlives an owner on another machine. Nobody holds an empty one.
         """
         path = self.folder / ".lock"
         lock, owner, remedy = filelock.FileLock(path), "another process", "wait until it ends, or choose another --run"
-        with dataset.write_errors(path), contextlib.suppress(filelock.Timeout):
+        with dataset.write_errors(path), contextlib.suppress(filelock.Timeout):  # which is an OSError
             return lock.acquire(timeout=0)
-        if hasattr(lock, "pid"):  # the file itself is the lock
-            if not (lines := path.read_text(errors="replace").split()):
-                path.unlink()
-                return self.lock()
-            owner = f"process {' on '.join(lines[:2])}"
-            remedy += f"; if that process is gone, delete {quote(path)}"
+        with dataset.write_errors(path), contextlib.suppress(FileNotFoundError):
+            if hasattr(lock, "pid"):  # the file itself is the lock
+                time.sleep(0.5)  # for an owner that is being written
+                if not (lines := path.read_text(errors="replace").split()):
+                    path.unlink()
+                    return self.lock()
+                owner = f"process {' on '.join(lines[:2])}"
+                remedy += f"; if that process is gone, delete {quote(path)}"
         raise self.refusal(f"is being written by {owner}", remedy)
 
     def start(self, settings, data_folder, data, phantom, mirror_axis=None):
@@ -256,7 +259,9 @@ class Run:
         """Save a fitted model, and write down its checksum, with what else `fitted_on` says."""
         path, finished = self.folder / f"{name}.keras", self.config["finished"]
         self.read_config()
-        if self.config["finished"] != finished:  # where a lock is not seen: two machines with one Drive
+        if (
+            self.config is None or self.config["finished"] != finished
+        ):  # where a lock is not seen: two machines with one Drive
             raise self.refusal("was trained by another process at the same time")
         dataset.write_whole(path, model.save)
         self.config["finished"] = {**finished, name: {"sha256": checksum(path), **fitted_on}}
@@ -485,7 +490,7 @@ def fit_pixelcnn(run, settings, vqvae, train, validate):
         head_scores.fit(dataset.to_float(train.images), labels, dataset.heads_of(train))
     with tf.device("CPU"):
         variants = encode_variants(vqvae, train, head_scores, settings, run.mirror_axis)
-        variants = {name: tf.constant(values) for name, values in variants.items() if values.size}
+        variants = {name: tf.constant(values) for name, values in variants.items()}
         lower_slices, all_labels = tf.constant(below), tf.constant(labels)
 
     def make_model():
@@ -511,24 +516,29 @@ def fit_pixelcnn(run, settings, vqvae, train, validate):
 
 
 def encode_variants(vqvae, train, head_scores, settings, mirror_axis):
-    """The variants of each training slice for the PixelCNN: as it is, mirrored, and changed copies of both in turn.
+    """V variants of each training slice: itself, its mirror image, both several times, then changed copies of the two.
 
-    Returns: codes, the smallest integers that hold K, (N, V, h, w); scores of each, float32 (N, V, S); the changes of
-        each, float32 (N, V, 6), see `dataset.augment`, or (N, V, 0) without augmentations.
+    Returns: {"codes": (N, V, h, w), the smallest integers that hold K; "scores": of each, float32 (N, V, S); "changes":
+        of each, float32 (N, V, 6), see `dataset.augment`}, the last two where the prior knows them.
     """
     heads, unchanged = dataset.heads_of(train), dataset.with_mirrored(train.images, mirror_axis)
     variants, kind = [], np.min_scalar_type(vqvae.num_embeddings - 1)
 
     def add_variant(pictures, changes):
         images = dataset.to_float(pictures)
-        variant = {"codes": vqvae.encode(images).astype(kind), "scores": head_scores.of(images)}
-        variants.append({**variant, "changes": changes if settings.augmentations else changes[:, :0]})
+        variant = {"codes": vqvae.encode(images).astype(kind)}
+        if head_scores.num_scores:
+            variant["scores"] = head_scores.of(images)
+        if settings.augmentations:
+            variant["changes"] = changes
+        variants.append(variant)
 
     for pictures in unchanged:
         add_variant(pictures, np.zeros((len(pictures), dataset.NUM_CHANGES), np.float32))
     # About a quarter of all variants is unchanged, because the prior is measured and sampled without changes.
-    variants *= max(1, settings.augmentations // (3 * len(unchanged)))
-    print(f"making {settings.augmentations} changed copies of {len(train.images)} training slices")
+    variants *= max(1, round(settings.augmentations / (3 * len(unchanged))))
+    if settings.augmentations:
+        print(f"making {settings.augmentations} changed copies of {len(train.images)} training slices")
     for number in dataset.progress(range(settings.augmentations), "copy"):
         add_variant(*dataset.augment(unchanged[number % len(unchanged)], heads, (settings.seed, number)))
     return {name: np.stack([variant[name] for variant in variants], axis=1) for name in variants[0]}
