@@ -57,6 +57,9 @@ class Model(keras.Model):
         return cls(**keras.saving.deserialize_keras_object(config))
 
     def fit(self, x=None, y=None, *arguments, sample_weight=None, **options):
+        validation = options.get("validation_data")
+        if isinstance(validation, tuple) and len(validation) == 3:
+            options["validation_data"] = (validation[0], with_weights(*validation[1:]), validation[2])
         return super().fit(x, with_weights(y, sample_weight), *arguments, sample_weight=sample_weight, **options)
 
     def evaluate(self, x=None, y=None, *arguments, sample_weight=None, **options):
@@ -630,7 +633,7 @@ class RowContext(layers.Layer):
         return x + tf.einsum("brf,rwfc->brwc", summary, readout) + bias  # (B, h, w, C)
 
 
-# ---- The prior: a PixelCNN given what is known of a slice ------------------------------
+# ---- The prior: a PixelCNN given what is known of a slice ----------------------------
 
 UNKNOWN_SCORE = -8192.0  # stands for a score that is not known: in the graph no NaN is needed, nor made
 

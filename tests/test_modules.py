@@ -682,6 +682,9 @@ def test_weights_weigh_examples_and_targets_are_refused(name):
     each = [error(chosen=slice(i, i + 1)) for i in range(3)]
     assert error(np.array([1.0, 0, 3])) == pytest.approx((each[0] + 3 * each[2]) / 4, rel=1e-4)
     assert error() == pytest.approx(np.mean(each), rel=1e-4) != pytest.approx((each[0] + 3 * each[2]) / 4, rel=1e-4)
+    weights = np.array([0, 2.0, 1])
+    logs = model.fit(examples, validation_data=(examples, None, weights), verbose=0).history
+    assert logs["val_loss"][0] - logs.get("val_quantizer_loss", [0])[0] == pytest.approx(error(weights), rel=1e-4)
     with pytest.raises(ValueError, match="leave out the targets"):
         model.fit(examples, np.zeros(3), verbose=0)
     model.compile(loss="mse", run_eagerly=True)
