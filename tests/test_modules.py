@@ -332,9 +332,10 @@ def test_nll_is_that_of_the_softmax_given_the_conditions(model):
 
 @pytest.mark.parametrize("given, known, temperature", [("all", 0, 1.0), ("all", 1 / 3, 0.7), ("none", 1 / 3, 1.0)])
 def test_the_cached_sampler_draws_what_the_naive_loop_draws(given, known, temperature, model):
-    """Of the codes a share is known; and some pictures share the random numbers of others."""
-    known = np.where(np.random.default_rng(1).random((9, 4, 6)) < known, random_codes((4, 6), 9), -1).astype("int32")
-    model, conditions = (model, all_conditions((4, 6))) if given == "all" else (make_prior((4, 6), **PLAIN), {})
+    """Of the codes a share is known; some pictures share the random numbers of others; without conditions, a square."""
+    grid = (4, 6) if given == "all" else (5, 5)
+    known = np.where(np.random.default_rng(1).random((9, *grid)) < known, random_codes(grid, 9), -1).astype("int32")
+    model, conditions = (model, all_conditions(grid)) if given == "all" else (make_prior(grid, **PLAIN), {})
 
     def draw(cached, seed=11, temperature=temperature):
         return model.sample(9, seed, temperature, known=known, cached=cached, **conditions)
