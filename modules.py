@@ -938,7 +938,9 @@ class Prior(Model):
     def draw_scores(self, labels, seed):
         """Scores of novel slices, see `HeadScores.draw`."""
         check_integer("seed", seed, 0, MAX_INT32)
-        return self.head_scores.draw(labels, seed)
+        labels = check_shape("labels", labels, (None,))
+        check_integers("labels", labels, -1, self.num_labels - 1)
+        return self.head_scores.draw(labels.numpy(), seed)
 
     def sample(self, num_samples, seed, temperature=1.0, known=None, cached=None, verbose=False, **conditions):
         """Draw codes position by position, in raster order. Picture n of a seed is the same however many are drawn.
@@ -962,7 +964,6 @@ class Prior(Model):
         known = check_shape("known", known, (num_samples, *self.grid))
         check_integers("known", known, -1, self.num_embeddings - 1)
         if self.num_scores and "labels" in conditions and "scores" not in conditions:
-            self.checked_conditions(num_samples, num_samples, conditions)
             conditions["scores"] = self.draw_scores(conditions["labels"], seed)
         conditions = self.checked_conditions(num_samples, num_samples, conditions)
 

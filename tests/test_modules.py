@@ -755,6 +755,7 @@ REFUSED = [  # what is asked, and what the message has in it
     *((lambda model, s=s: model.sample(1, s), "seed must be an integer from 0") for s in (0.5, -1, 2**31, None)),
     (lambda model: model.sample(1.5, 0), "num_samples must be an integer"),
     (lambda model: model.draw_scores([0], 0.5), "seed must be an integer"),
+    (lambda model: model.draw_scores([3], 0), "labels must be from -1 to 2"),
     (lambda model: make_prior((4, 6)).sample_heads(1, 0), "nothing of the slice below"),
     (lambda model: make_prior((4, 6)).nll(np.zeros((1, 4, 6), int), labels=[0]), "labels must be from -1 to -1"),
 ]
