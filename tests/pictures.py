@@ -2,8 +2,8 @@
 
     python tests/pictures.py --run runs/oasis --out readme_images
 
-generation.png: how one novel slice comes about. masked_context.png: the masks of the PixelCNN, and which earlier codes
-change its prediction at one position, by how much.
+vqvae_diagram.png: what becomes of a test slice in the VQ-VAE. generation.png: how one novel slice comes about.
+masked_context.png: the masks of the PixelCNN, and which earlier codes change its prediction at one position.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from train import Run
 import numpy as np
 import tensorflow as tf
 from matplotlib.figure import Figure
+from sklearn.decomposition import PCA
 
 GREY = 0.85  # of what there is not, or not yet
 
@@ -29,6 +30,34 @@ def panel(axis, title, image, caption="", **options):
     axis.set(xticks=[], yticks=[])
     axis.set_title(title, fontsize=10)
     axis.set_xlabel(caption, fontsize=9)
+
+
+def colours(vectors, codebook):
+    """Of latents or codes (h, w, D), as `predict.code_colours` has them: their ranks among the codes, (h, w, 3)."""
+    axes = PCA(3).fit(codebook)
+    of_codes, values = np.sort(axes.transform(codebook), axis=0), axes.transform(vectors.reshape(-1, vectors.shape[-1]))
+    ranks = [np.searchsorted(of_codes[:, i], values[:, i], side="right") for i in range(3)]
+    return np.stack(ranks, axis=1).reshape(*vectors.shape[:2], 3) / len(codebook)
+
+
+def plot_vqvae(path, vqvae, image):
+    """A slice, uint8 (H, W), its latents, codes and reconstruction."""
+    codebook, latents = vqvae.quantizer.codebook.numpy(), vqvae.encoder(vqvae.as_floats(image[None])).numpy()[0]
+    codes = vqvae.encode(image[None])
+    vectors, reconstruction = codebook[codes[0]], vqvae.decode(codes)[0, ..., 0]
+    similarity = predict.ssim([image / 255], [reconstruction])[0]
+    figure = Figure(figsize=(13, 2.9), layout="constrained")
+    axes = figure.subplots(1, 5)
+    panel(axes[0], "slice x", image, "{}x{} pixels".format(*image.shape), cmap="gray")
+    caption = "{}x{} vectors of {} numbers".format(*latents.shape)
+    panel(axes[1], "encoder: latents z", colours(latents, codebook), caption)
+    panel(axes[2], f"nearest of {len(codebook)} codes e", colours(vectors, codebook), "k = argmin |z - e_k|²")
+    error = np.linalg.norm(latents - vectors, axis=-1)
+    panel(axes[3], "error |z - e_k|", error, "gradient: straight through", cmap="viridis", vmin=0)
+    figure.colorbar(axes[3].images[0], ax=axes[3])
+    caption = f"from the vectors e_k; SSIM {similarity:.3f}"
+    panel(axes[4], "decoder: reconstruction", reconstruction, caption, cmap="gray")
+    dataset.write_figure(path, figure)
 
 
 def plot_generation(path, vqvae, prior, slice_number, seed):
@@ -109,6 +138,7 @@ def main(arguments=None):
             options.out / "generation.png", vqvae, prior, prior.slice_numbers[len(prior.slice_numbers) // 2], 0
         )
         test = dataset.load(run.data_folder, ("test",), run.config["settings"]["image_size"])["test"]
+        plot_vqvae(options.out / "vqvae_diagram.png", vqvae, test.images[len(test.images) // 2])
         chosen = predict.evenly(64, len(test.images))
         codes, labels = vqvae.encode(test.images[chosen]), prior.labels_of(test.slice_numbers[chosen])
         plot_context(options.out / "masked_context.png", prior, codes, labels)

@@ -10,6 +10,7 @@ import train
 
 import keras
 import numpy as np
+import pictures
 import pytest
 import tensorflow as tf
 from conftest import TINY, TRAINED, eagerly, files_in, killed_before, read_history, run_script, write_data, write_slices
@@ -404,3 +405,14 @@ def test_slice_numbers_and_sizes_are_those_of_the_files_wherever_they_are_moved(
     with killed_before("unlink", "reconstructions.png"):
         predict.main(["--run", str(run)])
     assert "reconstructions.png" in files_in(run) and "report.json" not in files_in(run)
+
+
+def test_the_diagrams_show_the_run(learned, tmp_path):
+    pictures.main(["--run", str(learned.run), "--out", str(tmp_path)])
+    assert files_in(tmp_path) == ["generation.png", "masked_context.png", "vqvae_diagram.png"]
+    codebook, codes = learned.vqvae.quantizer.codebook.numpy(), learned.codes
+    drawn, expected = pictures.colours(codebook[codes[0]], codebook), predict.code_colours(codebook)[codes[0]]
+    np.testing.assert_allclose(drawn, expected, atol=1e-6)
+    assert np.abs(pictures.colours(codebook[codes[0]] + 1, codebook) - expected).max() > 0.1  # latents far from codes
+    influence = pictures.influence(learned.prior, codes, learned.prior.labels_of(learned.numbers), (8, 4)).ravel()
+    assert np.isnan(influence[8 * 16 + 4 :]).all() and np.nanmin(influence) > -1e-6 and influence[8 * 16 + 3] > 1e-6
