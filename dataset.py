@@ -158,7 +158,8 @@ def read_images(paths, name, image_size):
     print(f"{name}: reading {len(paths)} slices")
     files = tf.data.Dataset.from_tensor_slices([os.fsencode(path) for path in paths]).enumerate()
     read = files.map(lambda index, path: (index, *read_slice(path, image_size)), num_parallel_calls=tf.data.AUTOTUNE)
-    batches = list(progress(read.ignore_errors().batch(256), "batch", -(-len(paths) // 256)))
+    batches = without_autotuning(read.ignore_errors().batch(256))
+    batches = list(progress(batches, "batch", -(-len(paths) // 256)))
     done = {index for batch in batches for index in batch[0].numpy()}
     refuse([path for i, path in enumerate(paths) if i not in done], "unreadable image file(s)", "restore or delete")
     _, images, shapes = map(np.concatenate, zip(*batches))
@@ -437,6 +438,13 @@ def augment(images, heads, seed):
     with futures.ThreadPoolExecutor(os.cpu_count()) as threads:  # scipy.ndimage lets them run side by side
         changed = list(threads.map(change, images, amounts))
     return np.stack(changed), np.pad(amounts, [[0, 0], [0, 1]], constant_values=1).astype(np.float32)
+
+
+def without_autotuning(data):
+    """The same tf.data.Dataset. With autotuning the end of a pass may wait as long as the pass took, up to a minute."""
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    return data.with_options(options)
 
 
 def shuffled_batches(examples, variants, batch_size, seed, epochs):

@@ -395,11 +395,12 @@ def fit(stage, make_model, counts, prepare, validation):
     if done := len(checkpoint.rows):
         print(f"{stage.name}: goes on after epoch {done} of {epochs}")
     if done < epochs:
-        batches = dataset.shuffled_batches(*counts, batch_size, seed, range(done, epochs))
+        batches = dataset.shuffled_batches(*counts, batch_size, seed, range(done, epochs)).map(prepare).prefetch(2)
+        validation = tf.data.Dataset.from_tensor_slices(validation).batch(batch_size)
         try:
             model.fit(
-                batches.map(prepare).prefetch(tf.data.AUTOTUNE),
-                validation_data=tf.data.Dataset.from_tensor_slices(validation).batch(batch_size),
+                dataset.without_autotuning(batches),
+                validation_data=dataset.without_autotuning(validation),
                 initial_epoch=done,
                 epochs=epochs,
                 steps_per_epoch=steps,
