@@ -28,7 +28,7 @@ from matplotlib.figure import Figure
 
 BINARISED = 0  # seed
 VALIDATE = 5000  # images
-BATCH_SIZE, WARMUP, LEARNING_RATE = 64, 0.25, 5e-3  # images a step; epochs; at its highest
+BATCH_SIZE, WARMUP, LEARNING_RATE = 32, 0.25, 5e-3  # images a step; epochs; at its highest
 
 
 def binarised_mnist(folder):
@@ -63,7 +63,10 @@ def measure(options):
         fit["callbacks"] = [report, backup, keras.callbacks.CSVLogger(history, append=True)]
         images = tf.constant(images)
         batches = dataset.shuffled_batches(len(images), 1, BATCH_SIZE, seed, range(done, epochs))
-        model.fit(batches.map(lambda index: tf.gather(images, index[:, 0])), validation_data=(validate,), **fit)
+        batches = batches.map(lambda index: tf.gather(images, index[:, 0])).prefetch(2)
+        validation = tf.data.Dataset.from_tensor_slices(validate).batch(256)
+        batches, validation = map(dataset.without_autotuning, (batches, validation))
+        model.fit(batches, validation_data=validation, **fit)
     prior = modules.Prior(model, learned_position=False)  # of no condition: it measures and samples
     nats = prior.nll(test, verbose=True).sum(axis=(1, 2), dtype=np.float64)
     error = nats.std() / math.sqrt(len(nats))
