@@ -20,7 +20,6 @@ from train import Run
 import numpy as np
 import tensorflow as tf
 from matplotlib.figure import Figure
-from sklearn.decomposition import PCA
 
 GREY = 0.85  # of what there is not, or not yet
 
@@ -32,26 +31,21 @@ def panel(axis, title, image, caption="", **options):
     axis.set_xlabel(caption, fontsize=9)
 
 
-def colours(vectors, codebook):
-    """Of latents or codes (h, w, D), as `predict.code_colours` has them: their ranks among the codes, (h, w, 3)."""
-    axes = PCA(3).fit(codebook)
-    of_codes, values = np.sort(axes.transform(codebook), axis=0), axes.transform(vectors.reshape(-1, vectors.shape[-1]))
-    ranks = [np.searchsorted(of_codes[:, i], values[:, i], side="right") for i in range(3)]
-    return np.stack(ranks, axis=1).reshape(*vectors.shape[:2], 3) / len(codebook)
-
-
 def plot_vqvae(path, vqvae, image):
     """A slice, uint8 (H, W), its latents, codes and reconstruction."""
     codebook, latents = vqvae.quantizer.codebook.numpy(), vqvae.encoder(vqvae.as_floats(image[None])).numpy()[0]
     codes = vqvae.encode(image[None])
     vectors, reconstruction = codebook[codes[0]], vqvae.decode(codes)[0, ..., 0]
     similarity = predict.ssim([image / 255], [reconstruction])[0]
+    # Ranked together, so that a latent and a code near it have similar colours.
+    colours = predict.code_colours(np.concatenate([codebook, latents.reshape(-1, latents.shape[-1])]))
+    of_codes, of_latents = colours[codes[0]], colours[len(codebook) :].reshape(*latents.shape[:2], 3)
     figure = Figure(figsize=(13, 2.9), layout="constrained")
     axes = figure.subplots(1, 5)
     panel(axes[0], "slice x", image, "{}x{} pixels".format(*image.shape), cmap="gray")
     caption = "{}x{} vectors of {} numbers".format(*latents.shape)
-    panel(axes[1], "encoder: latents z", colours(latents, codebook), caption)
-    panel(axes[2], f"nearest of {len(codebook)} codes e", colours(vectors, codebook), "k = argmin |z - e_k|²")
+    panel(axes[1], "encoder: latents z", of_latents, caption)
+    panel(axes[2], f"nearest of {len(codebook)} codes e", of_codes, "k = argmin |z - e_k|²")
     error = np.linalg.norm(latents - vectors, axis=-1)
     panel(axes[3], "error |z - e_k|", error, "gradient: straight through", cmap="viridis", vmin=0)
     figure.colorbar(axes[3].images[0], ax=axes[3])

@@ -411,8 +411,10 @@ def test_the_diagrams_show_the_run(learned, tmp_path):
     pictures.main(["--run", str(learned.run), "--out", str(tmp_path)])
     assert files_in(tmp_path) == ["generation.png", "masked_context.png", "vqvae_diagram.png"]
     codebook, codes = learned.vqvae.quantizer.codebook.numpy(), learned.codes
-    drawn, expected = pictures.colours(codebook[codes[0]], codebook), predict.code_colours(codebook)[codes[0]]
-    np.testing.assert_allclose(drawn, expected, atol=1e-6)
-    assert np.abs(pictures.colours(codebook[codes[0]] + 1, codebook) - expected).max() > 0.1  # latents far from codes
+    flat = codes[0].ravel()
+    drawn, expected = np.split(predict.code_colours(np.concatenate([codebook, codebook[flat]])), [len(codebook)])
+    np.testing.assert_allclose(drawn[flat], expected, atol=1e-6)
+    shifted = predict.code_colours(np.concatenate([codebook, codebook[flat] + 1]))  # latents far from codes
+    assert np.abs(shifted[len(codebook) :] - shifted[flat]).max() > 0.1
     influence = pictures.influence(learned.prior, codes, learned.prior.labels_of(learned.numbers), (8, 4)).ravel()
     assert np.isnan(influence[8 * 16 + 4 :]).all() and np.nanmin(influence) > -1e-6 and influence[8 * 16 + 3] > 1e-6
